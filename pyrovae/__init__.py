@@ -1,0 +1,14 @@
+"""Deep latent-variable models as Pyro programs, trained by SVI, with a log-likelihood that can be trusted."""
+
+from pyrovae import conditionals as conditionals
+from pyrovae import data as data
+from pyrovae import reference as reference
+from pyrovae.models import VAE as VAE
+from pyrovae.models import LinearGaussian as LinearGaussian
+from pyrovae.nets import MLP as MLP
+from pyrovae.nets import ConvDecoder as ConvDecoder
+from pyrovae.nets import ConvEncoder as ConvEncoder
+from pyrovae.program import LatentModel as LatentModel
+from pyrovae.program import as_program as as_program
+from pyrovae.program import data_plate as data_plate
+from pyrovae.traces import log_weights as log_weights

@@ -1,0 +1,71 @@
+"""The noun that carries the library: p(a | parents)."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
+from torch import Tensor, nn
+
+from pyrovae.nets import MLP, Activation
+
+
+class Conditional(nn.Module, ABC):
+    """p(a | parents): a network gives the parameters, a family gives the density.
+
+        eta = NeuralNet(parents),  p(a | parents) = p(a | eta)     (Kingma and Welling 2019, eq. 1.7, 1.8)
+
+    Nothing in a Conditional knows its role: the same class serves as likelihood, posterior or prior.
+    Called with the values of the parents, each `(*, D_i)`, it returns a Pyro distribution with batch shape `*`
+    and event shape `(dim,)`. Several parents are broadcast against each other on `*` and concatenated on the last
+    dimension. A root is called with nothing.
+
+    Leading dimensions (data, particles, enumerated labels) are folded into one before the network sees them,
+    so any network from `(B, D)` to `(B, E)` serves, batch norm and convolutions included.
+
+    Args:
+        net: network from the parents, `(B, sum D_i)`, to eta, `(B, E)`; for a root it takes no argument.
+
+    A new family fills in `eta_dim` and `distribution`.
+    """
+
+    def __init__(self, net: nn.Module | None):
+        super().__init__()
+        self.net = net
+
+    @classmethod
+    def mlp(
+        cls, parents_dim: int, dim: int, hidden: Sequence[int] = (200, 200), activation: Activation = "tanh"
+    ) -> Self:
+        """This family over a multi-layer perceptron.
+
+        Args:
+            parents_dim: the parents' sizes, summed.
+            dim: size of the variable.
+            hidden: units of each hidden layer.
+            activation: after every hidden layer.
+        """
+        return cls(MLP(parents_dim, cls.eta_dim(dim), hidden, activation))
+
+    @staticmethod
+    @abstractmethod
+    def eta_dim(dim: int) -> int:
+        """How many numbers the network must give for a variable of size `dim`."""
+
+    @abstractmethod
+    def distribution(self, eta: Tensor) -> Distribution:
+        """The Pyro distribution with parameters eta `(*, E)`."""
+
+    def forward(self, *parents: Tensor) -> Distribution:
+        """The distribution given the parents' values, each `(*, D_i)`."""
+        return self.distribution(self.eta(*parents))
+
+    def eta(self, *parents: Tensor) -> Tensor:
+        """The parameters `(*, E)` given the parents' values, each `(*, D_i)`."""
+        assert self.net is not None, "a family without a network has no eta"
+        if not parents:
+            return self.net()
+        batch_shape = torch.broadcast_shapes(*(parent.shape[:-1] for parent in parents))
+        joined = torch.cat([parent.expand(*batch_shape, parent.shape[-1]) for parent in parents], -1)
+        return self.net(joined.reshape(-1, joined.shape[-1])).reshape(*batch_shape, -1)

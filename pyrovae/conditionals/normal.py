@@ -1,0 +1,127 @@
+"""Gaussian families."""
+
+import math
+from typing import Any, Self
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyrovae.conditionals.conditional import Conditional, Distribution
+
+
+class StandardNormal(Conditional):
+    """p(z) = N(z; 0, I), a root.
+
+    Args:
+        dim: size of z.
+
+    Raises:
+        ValueError: for a size that is not positive.
+
+    Example:
+        >>> StandardNormal(2)().log_prob(torch.zeros(2)).item()
+        -1.837877...
+    """
+
+    zero: Tensor
+
+    def __init__(self, dim: int):
+        super().__init__(net=None)
+        if dim < 1:
+            raise ValueError(f"Expected dim to be a positive whole number; got {dim}")
+        self.dim = dim
+        # knows device and dtype, is no part of the weights
+        self.register_buffer("zero", torch.zeros(()), persistent=False)
+
+    @classmethod
+    def mlp(cls, parents_dim: int, dim: int, *args: Any, **kwargs: Any) -> Self:
+        """Not there: this family has no network.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError("Expected StandardNormal(dim): it has no parents and no network")
+
+    @staticmethod
+    def eta_dim(dim: int) -> int:
+        """None: there is nothing to learn."""
+        return 0
+
+    def eta(self, *parents: Tensor) -> Tensor:
+        """Nothing, `(0,)`."""
+        if parents:
+            raise TypeError(f"Expected no parents for StandardNormal; got {len(parents)}")
+        return self.zero.new_zeros(0)
+
+    def distribution(self, eta: Tensor) -> Distribution:
+        """N(0, I), whatever eta."""
+        return dist.Normal(self.zero, 1 + self.zero).expand([self.dim]).to_event(1)
+
+
+class DiagonalNormal(Conditional):
+    """p(a | parents) = N(a; mu, diag(sigma^2)),  eta = (mu, log sigma)     (Kingma and Welling 2019, eq. 2.36, 2.37).
+
+    Example:
+        >>> q = DiagonalNormal.mlp(784, 50)
+        >>> q(torch.zeros(3, 784)).event_shape
+        torch.Size([50])
+    """
+
+    @staticmethod
+    def eta_dim(dim: int) -> int:
+        """mu and log sigma."""
+        return 2 * dim
+
+    def distribution(self, eta: Tensor) -> Distribution:
+        """N(mu, diag(sigma^2)) from eta `(*, 2 dim)`."""
+        mu, log_sigma = eta.chunk(2, -1)
+        return dist.Normal(mu, log_sigma.exp()).to_event(1)
+
+
+class UnitNormal(Conditional):
+    """p(a | parents) = N(a; mu, I),  eta = mu: a Gaussian decoder with sigma = I.
+
+    Example:
+        >>> UnitNormal.mlp(20, 560)(torch.zeros(3, 20)).variance.unique()
+        tensor([1.])
+    """
+
+    @staticmethod
+    def eta_dim(dim: int) -> int:
+        """mu."""
+        return dim
+
+    def distribution(self, eta: Tensor) -> Distribution:
+        """N(mu, I) from eta `(*, dim)`."""
+        return dist.Normal(eta, eta.new_ones(())).to_event(1)
+
+
+class FullNormal(Conditional):
+    """p(a | parents) = N(a; mu, L L^T),  eta = (mu, log sigma, L')     (Kingma and Welling 2019, Algorithm 2).
+
+    L = L_mask * L' + diag(sigma), L_mask the strictly lower triangular ones. The paper's network gives the whole
+    matrix L' and masks it; ours gives only the dim (dim - 1) / 2 entries that the mask lets through, row by row.
+
+    Example:
+        >>> FullNormal.mlp(784, 50)(torch.zeros(3, 784)).event_shape
+        torch.Size([50])
+    """
+
+    @staticmethod
+    def eta_dim(dim: int) -> int:
+        """mu, log sigma and the strictly lower triangle of L'."""
+        return 2 * dim + dim * (dim - 1) // 2
+
+    def distribution(self, eta: Tensor) -> Distribution:
+        """N(mu, L L^T) from eta `(*, 2 dim + dim (dim - 1) / 2)`."""
+        dim = (math.isqrt(9 + 8 * eta.shape[-1]) - 3) // 2
+        if self.eta_dim(dim) != eta.shape[-1]:
+            raise ValueError(
+                f"Expected FullNormal's network to give 2 D + D (D - 1) / 2 numbers for some D; got {eta.shape[-1]}"
+            )
+        mu, log_sigma, lower = eta.split([dim, dim, eta.shape[-1] - 2 * dim], -1)
+        scale_tril = torch.diag_embed(log_sigma.exp())
+        row, column = torch.tril_indices(dim, dim, -1, device=eta.device)
+        scale_tril[..., row, column] = lower
+        return dist.MultivariateNormal(mu, scale_tril=scale_tril)

@@ -1,0 +1,4 @@
+"""One file for one graph."""
+
+from pyrovae.models.vae import VAE as VAE
+from pyrovae.models.vae import LinearGaussian as LinearGaussian

@@ -1,0 +1,172 @@
+"""The variational autoencoder, and its exactly solvable cousin."""
+
+import math
+from collections.abc import Sequence
+from typing import Self
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from pyrovae import reference
+from pyrovae.conditionals import Bernoulli, Conditional, DiagonalNormal, StandardNormal
+from pyrovae.conditionals.conditional import Distribution
+from pyrovae.nets import Activation
+from pyrovae.program import LatentModel, data_plate
+
+
+class VAE(LatentModel):
+    """The variational autoencoder (Kingma and Welling 2014; Rezende et al. 2014).
+
+        z ~ p(z),  x | z ~ p(x | z);   guide z ~ q(z | x)
+
+    Args:
+        prior: p(z), a root.
+        likelihood: p(x | z).
+        posterior: q(z | x).
+
+    Example:
+        >>> vae = VAE(StandardNormal(20), Bernoulli.mlp(20, 784), DiagonalNormal.mlp(784, 20))
+        >>> vae.sample(3).shape
+        torch.Size([3, 784])
+    """
+
+    def __init__(self, prior: Conditional, likelihood: Conditional, posterior: Conditional):
+        super().__init__()
+        self.prior, self.likelihood, self.posterior = prior, likelihood, posterior
+
+    @classmethod
+    def mlp(
+        cls,
+        x_dim: int,
+        z_dim: int,
+        hidden: Sequence[int] = (200, 200),
+        *,
+        likelihood: type[Conditional] = Bernoulli,
+        posterior: type[Conditional] = DiagonalNormal,
+        activation: Activation = "tanh",
+    ) -> Self:
+        """A VAE of two perceptrons, x - hidden - z and z - hidden reversed - x, with a standard normal prior.
+
+        Args:
+            x_dim: size of a datum.
+            z_dim: size of the latent.
+            hidden: units of the hidden layers, from x to z.
+            likelihood: family of p(x | z).
+            posterior: family of q(z | x).
+            activation: after every hidden layer.
+        """
+        return cls(
+            StandardNormal(z_dim),
+            likelihood.mlp(z_dim, x_dim, hidden[::-1], activation),
+            posterior.mlp(x_dim, z_dim, hidden, activation),
+        )
+
+    def model(self, x: Tensor | None = None) -> Tensor:
+        """p(z) p(x | z)."""
+        with data_plate(x):
+            z = pyro.sample("z", self.prior())
+            return pyro.sample("x", self.likelihood(z), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        """q(z | x)."""
+        with data_plate(x):
+            pyro.sample("z", self.posterior(x))
+
+    def reference_elbo(self, x: Tensor, z: Tensor) -> Tensor | None:
+        """The hand-written one-draw ELBO `(*, N)` at the noise behind z `(*, N, D)`.
+
+        None where `reference.py` has not all three families.
+        """
+        return _reference_elbo(x, z, self.prior, self.posterior, type(self.likelihood).__name__, self.likelihood.eta)
+
+
+def _reference_elbo(
+    x: Tensor, z: Tensor, prior: Conditional, posterior: Conditional, likelihood: str, likelihood_net: reference.Net
+) -> Tensor | None:
+    family = type(posterior).__name__
+    if type(prior) is not StandardNormal or family not in reference.POSTERIORS or likelihood not in reference.LIKELIHOODS:
+        return None
+    with torch.no_grad():  # the noise is given: gradients flow through z = g(eps, x) alone
+        eps = reference.POSTERIORS[family][1](z, posterior.eta(x).expand(*z.shape[:-1], -1))
+    return reference.vae_elbo(
+        x,
+        eps,
+        posterior_net=posterior.eta,
+        likelihood_net=likelihood_net,
+        posterior=family,
+        likelihood=likelihood,
+    )
+
+
+class LinearGaussian(LatentModel):
+    """Probabilistic PCA (Tipping and Bishop 1999), in which everything is known exactly.
+
+        z ~ N(0, I),  x | z ~ N(W z + b, s^2 I);   p(x) = N(x; b, W W^T + s^2 I)
+
+    The guide is the exact posterior, N(M^-1 W^T (x - b), s^2 M^-1) with M = W^T W + s^2 I, for which the ELBO is
+    log p(x) whatever z is drawn; or any other q(z | x) that is given.
+
+    Args:
+        x_dim: size of a datum.
+        z_dim: size of the latent.
+        posterior: q(z | x); None for the exact posterior.
+
+    Example:
+        >>> LinearGaussian(5, 2).log_prob(torch.zeros(3, 5)).shape
+        torch.Size([3])
+    """
+
+    def __init__(self, x_dim: int, z_dim: int, posterior: Conditional | None = None):
+        super().__init__()
+        if min(x_dim, z_dim) < 1:
+            raise ValueError(f"Expected x_dim and z_dim to be positive; got {x_dim} and {z_dim}")
+        self.x_dim, self.z_dim, self.posterior = x_dim, z_dim, posterior
+        self.prior = StandardNormal(z_dim)
+        self.weight = nn.Parameter(torch.randn(x_dim, z_dim) / math.sqrt(z_dim))
+        self.bias = nn.Parameter(torch.zeros(x_dim))
+        self.log_sigma = nn.Parameter(torch.zeros(()))
+
+    def model(self, x: Tensor | None = None) -> Tensor:
+        """p(z) p(x | z)."""
+        with data_plate(x):
+            z = pyro.sample("z", self.prior())
+            mu = z @ self.weight.T + self.bias
+            return pyro.sample("x", dist.Normal(mu, self.log_sigma.exp()).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        """q(z | x), or p(z | x)."""
+        with data_plate(x):
+            pyro.sample("z", self.exact_posterior(x) if self.posterior is None else self.posterior(x))
+
+    def exact_posterior(self, x: Tensor) -> Distribution:
+        """p(z | x) for x `(*, X)`: a Gaussian on `(D,)` with batch shape `*`."""
+        variance = (2 * self.log_sigma).exp()
+        m = self.weight.T @ self.weight + variance * torch.eye(self.z_dim, dtype=x.dtype, device=x.device)
+        mean = torch.linalg.solve(m, ((x - self.bias) @ self.weight).unsqueeze(-1)).squeeze(-1)
+        return dist.MultivariateNormal(mean, precision_matrix=m / variance)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log p(x), exact, for x `(*, X)`: `(*)`, in nats."""
+        variance = (2 * self.log_sigma).exp().expand(self.x_dim)
+        return dist.LowRankMultivariateNormal(self.bias, self.weight, variance).log_prob(x)
+
+    def reference_elbo(self, x: Tensor, z: Tensor) -> Tensor | None:
+        """The hand-written one-draw ELBO `(*, N)` at the noise behind z `(*, N, D)`.
+
+        None where `reference.py` does not have the posterior's family.
+        """
+        if self.posterior is not None:
+            return _reference_elbo(x, z, self.prior, self.posterior, "DiagonalNormal", self._likelihood_eta)
+        mean, covariance = reference.linear_gaussian_posterior(x, self.weight, self.bias, self.log_sigma)
+        scale = torch.linalg.cholesky(covariance)
+        with torch.no_grad():
+            eps = torch.linalg.solve_triangular(scale, (z - mean).unsqueeze(-1), upper=False).squeeze(-1)
+        z = mean + eps @ scale.T
+        log_q = reference.log_standard_normal(eps) - scale.diagonal().log().sum()
+        return reference.linear_gaussian_elbo(x, z, log_q, self.weight, self.bias, self.log_sigma)
+
+    def _likelihood_eta(self, z: Tensor) -> Tensor:
+        mu = z @ self.weight.T + self.bias
+        return torch.cat([mu, self.log_sigma.expand_as(mu)], -1)

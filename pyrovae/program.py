@@ -1,0 +1,310 @@
+"""LatentModel, data_plate and as_program: a model and a guide as one object."""
+
+import dis
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import pyro
+import pyro.poutine as poutine
+import torch
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+
+from pyrovae.data import Batch, as_batch
+
+_DOT = "%2E"  # torch forbids "." in a parameter's name; Pyro's names have it
+
+
+def data_plate(x: Tensor | None) -> AbstractContextManager[Any]:
+    """The plate named "data", at dimension -1, as long as the batch x `(N, D)`; nothing where x is None.
+
+    Example:
+        >>> with data_plate(torch.zeros(5, 2)):
+        ...     pyro.sample("z", pyro.distributions.Normal(0., 1.)).shape
+        torch.Size([5])
+    """
+    return nullcontext() if x is None else pyro.plate("data", len(x), dim=-1)
+
+
+class LatentModel(nn.Module):
+    """A generative model and a guide, both plain Pyro programs.
+
+    A subclass writes `model(self, x=None)`, log p(x, z), and `guide(self, x)`, log q(z | x); their latent sites have
+    the same names and lie, as x does, in the plate "data". More observed variables are more arguments; a batch is a
+    dict whose keys are the arguments' names. `model` returns its data, and draws them where it is called without.
+
+    Attributes:
+        plate_name: name of the plate over the data.
+    """
+
+    plate_name = "data"
+
+    def __init__(self) -> None:
+        super().__init__()
+        # What pyro.param and pyro.module declare, found as the program runs: see scope().
+        self.pyro_params = nn.ParameterDict()
+        self._constraints: dict[str, Any] = {}
+        self._initial: Mapping[str, Tensor] | None = None
+
+    def model(self, *args: Any, **kwargs: Any) -> Any:
+        """p(x, z)."""
+        raise NotImplementedError(f"{type(self).__name__} has no model")
+
+    def guide(self, *args: Any, **kwargs: Any) -> Any:
+        """q(z | x)."""
+        raise NotImplementedError(f"{type(self).__name__} has no guide")
+
+    def sample(self, n: int, *, mean: bool = False, like: Any = None, **given: Tensor) -> Any:
+        """Draw n data from the generative model: z ~ p(z), x ~ p(x | z).
+
+        Args:
+            n: how many.
+            mean: E[x | z] in the place of x, which is what pictures usually show.
+            like: a batch, needed only for a model that cannot be called without its data: shapes are taken
+                from it, and what it gives to observed sites is drawn anew.
+            given: arguments of `model` to be held fixed, each `(n, ...)`.
+
+        Returns:
+            What `model` returns, `(n, D)`; with `like`, the value of its data site.
+
+        Raises:
+            ValueError: for n < 1, or where the data site cannot be told.
+        """
+        if n < 1:
+            raise ValueError(f"Expected n to be at least 1; got {n}")
+        required = [
+            p.name
+            for p in inspect.signature(self.model).parameters.values()
+            if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in given
+        ]
+        if required and like is None:
+            raise ValueError(f"Expected like=a batch, for the model needs {', '.join(required)}; got none")
+        with self.inference(), _Reader() as reader:
+            if required:
+                rows = {key: value[:1].expand(n, *value.shape[1:]) for key, value in self._on_device(like).items()}
+                poutine.uncondition(self.model)(**rows | given)
+                sites = [site for site in reader.sites.values() if site["infer"].get("was_observed")]
+            else:
+                with pyro.plate(self.plate_name, n, dim=-1):
+                    value = self.model(**given)
+                sites = [site for site in reader.sites.values() if site["value"] is value]
+        return _data_value(sites, mean)
+
+    def encode(self, x: Any, site: str | None = None, *, sample: bool = False) -> Tensor:
+        """The posterior mean E_q[z | x], `(N, D)`, or a draw from q(z | x).
+
+        Args:
+            x: data `(N, D)`, or a batch.
+            site: the latent, where the guide has several; those that it depends on are put at their means.
+            sample: draw from the posterior in the place of its mean.
+
+        Raises:
+            ValueError: for an unknown site, or none named where there are several.
+        """
+        with self.inference(), _Reader(means=not sample) as reader:
+            self.guide(**self._on_device(x))
+        if site is None and len(reader.sites) == 1:
+            site = next(iter(reader.sites))
+        if site not in reader.sites:
+            raise ValueError(f"Expected site to be one of {', '.join(reader.sites)}; got {site!r}")
+        return reader.sites[site]["value"]
+
+    def reconstruct(self, x: Any) -> Tensor:
+        """E[x | z] at the posterior means of all latents, `(N, D)`.
+
+        Args:
+            x: data `(N, D)`, or a batch.
+        """
+        batch = self._on_device(x)
+        with self.inference(), _Reader(means=True) as latents:
+            self.guide(**batch)
+        values = {name: site["value"] for name, site in latents.sites.items()}
+        with self.inference(), _Reader() as reader:
+            poutine.condition(self.model, data=values)(**batch)
+        sites = [site for name, site in reader.sites.items() if site["is_observed"] and name not in values]
+        return _data_value(sites, mean=True)
+
+    def _on_device(self, x: Any) -> Batch:
+        device = next((p.device for p in self.parameters()), None)
+        return {key: value.to(device) for key, value in as_batch(x, "x").items()}
+
+    @contextmanager
+    def inference(self, seed: int | None = None) -> Iterator[None]:
+        """Run in eval mode, without gradients, in this program's own parameter scope; all restored after.
+
+        Args:
+            seed: run with torch's generators at this seed, and put them back after; None leaves them alone.
+        """
+        modes = [(module, module.training) for module in self.modules()]
+        with ExitStack() as stack:
+            if seed is not None:
+                stack.enter_context(torch.random.fork_rng())
+                torch.manual_seed(seed)
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(self.scope())
+            self.eval()
+            try:
+                yield
+            finally:
+                for module, mode in modes:
+                    module.training = mode
+
+    @contextmanager
+    def scope(self) -> Iterator[None]:
+        """Give this program a parameter store of its own, so that no two programs meet in Pyro's global one.
+
+        What `pyro.param` creates inside becomes a parameter of this module, in its unconstrained form.
+        """
+        state: Any = {
+            "params": {_pyro_name(key): value for key, value in self.pyro_params.items()},
+            "constraints": dict(self._constraints),
+        }
+        store = pyro.get_param_store()
+        with store.scope(state), _ParamStatements(self._initial or {}):
+            yield
+        own = {id(parameter) for parameter in self.parameters()}
+        for name, value in state["params"].items():
+            if id(value) not in own:
+                if name in store and self._initial is None:
+                    warnings.warn(
+                        f"pyro.param {name!r} exists in Pyro's global parameter store too; this program begins with its "
+                        "own initial value. To begin with the stored one: as_program(..., params=pyro.get_param_store())",
+                        stacklevel=4,
+                    )
+                parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value.detach().clone())
+                self.pyro_params[name.replace(".", _DOT)] = parameter
+        kept = {_pyro_name(key) for key in self.pyro_params}
+        self._constraints = {name: value for name, value in state["constraints"].items() if name in kept}
+
+
+def _pyro_name(key: str) -> str:
+    return key.replace(_DOT, ".")
+
+
+def _data_value(sites: list[Any], mean: bool) -> Tensor:
+    if len(sites) != 1:
+        names = ", ".join(site["name"] for site in sites) or "none"
+        raise ValueError(f"Expected one data site, whose value the model returns; got {names}")
+    return sites[0]["fn"].mean if mean else sites[0]["value"]
+
+
+class _Reader(Messenger):
+    """Notes the sample sites that a program passes; on request puts each latent at its mean."""
+
+    def __init__(self, means: bool = False):
+        super().__init__()
+        self.means = means
+        self.sites: dict[str, Any] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not self.means or msg["is_observed"] or msg["done"] or poutine.util.site_is_subsample(msg):
+            return
+        try:
+            msg["value"] = msg["fn"].mean
+            msg["done"] = True
+        except NotImplementedError:  # a flow's mean has no closed form: it is drawn
+            pass
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if not poutine.util.site_is_subsample(msg):
+            self.sites[msg["name"]] = msg.copy()
+
+
+class _ParamStatements(Messenger):
+    """Gives pyro.param its initial values, and weights from a file, which come without them, their constraints."""
+
+    def __init__(self, initial: Mapping[str, Tensor]):
+        super().__init__()
+        self.initial = initial
+
+    def _pyro_param(self, msg: Any) -> None:
+        if len(msg["args"]) < 2:
+            return
+        name, store = msg["name"], pyro.get_param_store()
+        if name in store:
+            store._constraints.setdefault(name, msg["kwargs"]["constraint"])
+        elif name in self.initial:
+            msg["args"] = (name, self.initial[name].detach())
+
+
+class FunctionProgram(LatentModel):
+    """A model and a guide that are plain functions: what `as_program` returns."""
+
+    def __init__(
+        self, model: Callable[..., Any], guide: Callable[..., Any], plate: str, params: Mapping[str, Tensor] | None
+    ):
+        super().__init__()
+        self.plate_name = plate
+        self._initial = params
+        self.nets = nn.ModuleDict()
+        for role, function in (("model", model), ("guide", guide)):
+            for name, module in _modules_of(function):
+                taken = name in self.nets and self.nets[name] is not module
+                self.nets[f"{role}_{name}" if taken else name] = module
+        self.__dict__.update(model=model, guide=guide)
+
+
+def as_program(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *,
+    plate: str = "data",
+    params: Mapping[str, Tensor] | None = None,
+) -> LatentModel:
+    """A `LatentModel` from two plain Pyro functions, which stay as they are.
+
+    Every network that the functions refer to (as a global, through a closure, or as an attribute of the object
+    whose methods they are) and every `pyro.param` becomes part of the program: trained, saved, moved and switched
+    between train and eval. To keep a network fixed, set `requires_grad_(False)` on it. Networks are shared with
+    the functions, not copied; Pyro's global parameter store is neither read nor written.
+
+    Args:
+        model: called with a batch as keyword arguments.
+        guide: likewise.
+        plate: name of the functions' plate over the data.
+        params: values to begin from for names given to `pyro.param`; after training with `pyro.infer.SVI`,
+            `pyro.get_param_store()`.
+
+    Raises:
+        ValueError: for a model or guide that cannot be called.
+
+    Example:
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", pyro.distributions.Normal(0., 1.))
+        ...         pyro.sample("x", pyro.distributions.Normal(z, 1.), obs=x)
+        >>> def guide(x):
+        ...     scale = pyro.param("scale", torch.tensor(0.7), constraint=pyro.distributions.constraints.positive)
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", pyro.distributions.Normal(x / 2, scale))
+        >>> as_program(model, guide).encode(torch.tensor([2., 4.]))
+        tensor([1., 2.])
+    """
+    for name, function in (("model", model), ("guide", guide)):
+        if not callable(function):
+            raise ValueError(f"Expected {name} to be a function; got {type(function).__name__}")
+    return FunctionProgram(model, guide, plate, params)
+
+
+def _modules_of(function: Callable[..., Any]) -> Iterator[tuple[str, nn.Module]]:
+    """The networks that a function refers to, with the names that it has for them."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    owner = getattr(function, "__self__", function)
+    if isinstance(owner, nn.Module):
+        yield "self", owner
+    elif inspect.ismethod(function):
+        yield from _only_modules(vars(owner))
+    code = getattr(function, "__code__", None)
+    if code is not None:
+        yield from _only_modules(inspect.getclosurevars(function).nonlocals)
+        used = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
+        yield from _only_modules({name: getattr(function, "__globals__", {}).get(name) for name in sorted(used)})
+
+
+def _only_modules(values: Mapping[str, Any]) -> Iterator[tuple[str, nn.Module]]:
+    return ((name, value) for name, value in values.items() if isinstance(value, nn.Module))

@@ -1,0 +1,200 @@
+"""The ELBOs by hand: plain torch, no Pyro, nothing of pyrovae. What the programs are held against.
+
+Notation: data x `(*, X)`, latents z `(*, D)`, noise eps `(*, D)`; a result has shape `*`, in nats, for each datum.
+Equation numbers are those of Kingma and Welling, An Introduction to Variational Autoencoders (2019).
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+LOG_2_PI = math.log(2 * math.pi)
+Net = Callable[[Tensor], Tensor]
+
+
+# --- log densities ---------------------------------------------------------------------------------------------------
+
+
+def log_standard_normal(z: Tensor) -> Tensor:
+    """log N(z; 0, I) = sum_i -(z_i^2 + log 2 pi) / 2, `(*)`."""
+    return (-(z**2 + LOG_2_PI) / 2).sum(-1)
+
+
+def log_bernoulli(x: Tensor, logits: Tensor) -> Tensor:
+    """log p(x | eta) = sum_i x_i l_i - log(1 + exp l_i), `(*)`."""
+    softplus = logits.clamp(min=0) + torch.log1p(torch.exp(-logits.abs()))
+    return (x * logits - softplus).sum(-1)
+
+
+def log_unit_normal(x: Tensor, mu: Tensor) -> Tensor:
+    """log N(x; mu, I) = sum_i -(x_i - mu_i)^2 / 2 - log(2 pi) / 2, `(*)`."""
+    return log_standard_normal(x - mu)
+
+
+def log_diagonal_normal(x: Tensor, eta: Tensor) -> Tensor:
+    """log N(x; mu, diag(sigma^2)) with eta = (mu, log sigma) `(*, 2 X)`, `(*)`."""
+    mu, log_sigma = _split(eta, eta.shape[-1] // 2)
+    return log_standard_normal((x - mu) * torch.exp(-log_sigma)) - log_sigma.sum(-1)
+
+
+def log_full_normal(x: Tensor, eta: Tensor) -> Tensor:
+    """log N(x; mu, L L^T) with eta = (mu, log sigma, L') `(*, 2 X + X (X - 1) / 2)`, `(*)`."""
+    _, log_sigma, _ = _full_parameters(eta)
+    return log_standard_normal(full_normal_noise(x, eta)) - log_sigma.sum(-1)
+
+
+LIKELIHOODS = {
+    "Bernoulli": log_bernoulli,
+    "UnitNormal": log_unit_normal,
+    "DiagonalNormal": log_diagonal_normal,
+    "FullNormal": log_full_normal,
+}
+
+
+# --- posteriors: z = g(eps, eta), log q(z | x) = log p(eps) - log |det dz / d eps|  (2.33) ------------------------------
+
+
+def diagonal_normal(eps: Tensor, eta: Tensor) -> tuple[Tensor, Tensor]:
+    """z = mu + sigma * eps and log q = sum_i [-(eps_i^2 + log 2 pi) / 2 - log sigma_i]  (2.36 to 2.40, Algorithm 1)."""
+    mu, log_sigma = _split(eta, eta.shape[-1] // 2)
+    z = mu + torch.exp(log_sigma) * eps
+    log_q = (-(eps**2 + LOG_2_PI) / 2 - log_sigma).sum(-1)
+    return z, log_q
+
+
+def unit_normal(eps: Tensor, eta: Tensor) -> tuple[Tensor, Tensor]:
+    """z = mu + eps and log q = log p(eps): the Jacobian is the identity."""
+    return eta + eps, log_standard_normal(eps)
+
+
+def full_normal(eps: Tensor, eta: Tensor) -> tuple[Tensor, Tensor]:
+    """z = mu + L eps and log q = sum_i [-(eps_i^2 + log 2 pi) / 2 - log sigma_i]  (Algorithm 2)."""
+    mu, log_sigma, scale = _full_parameters(eta)
+    z = mu + (scale @ eps.unsqueeze(-1)).squeeze(-1)
+    log_q = (-(eps**2 + LOG_2_PI) / 2 - log_sigma).sum(-1)
+    return z, log_q
+
+
+def diagonal_normal_noise(z: Tensor, eta: Tensor) -> Tensor:
+    """The eps with z = mu + sigma * eps."""
+    mu, log_sigma = _split(eta, eta.shape[-1] // 2)
+    return (z - mu) * torch.exp(-log_sigma)
+
+
+def unit_normal_noise(z: Tensor, eta: Tensor) -> Tensor:
+    """The eps with z = mu + eps."""
+    return z - eta
+
+
+def full_normal_noise(z: Tensor, eta: Tensor) -> Tensor:
+    """The eps with z = mu + L eps, by forward substitution."""
+    mu, _, scale = _full_parameters(eta)
+    return torch.linalg.solve_triangular(scale, (z - mu).unsqueeze(-1), upper=False).squeeze(-1)
+
+
+POSTERIORS = {
+    "DiagonalNormal": (diagonal_normal, diagonal_normal_noise),
+    "UnitNormal": (unit_normal, unit_normal_noise),
+    "FullNormal": (full_normal, full_normal_noise),
+}
+
+
+def _split(eta: Tensor, *sizes: int) -> tuple[Tensor, ...]:
+    return eta.split([*sizes, eta.shape[-1] - sum(sizes)], -1)
+
+
+def _full_parameters(eta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """mu, log sigma and L = L_mask * L' + diag(sigma), L' given by its strictly lower entries, row by row."""
+    dim = next(d for d in range(1, eta.shape[-1] + 1) if 2 * d + d * (d - 1) // 2 == eta.shape[-1])
+    mu, log_sigma, lower = _split(eta, dim, dim)
+    rows, start = [], 0
+    for i in range(dim):
+        row = [lower[..., start : start + i], torch.exp(log_sigma[..., i : i + 1])]
+        rows.append(torch.cat([*row, eta.new_zeros(*eta.shape[:-1], dim - i - 1)], -1))
+        start += i
+    return mu, log_sigma, torch.stack(rows, -2)
+
+
+# --- bounds ------------------------------------------------------------------------------------------------------------
+
+
+def vae_elbo(
+    x: Tensor,
+    eps: Tensor,
+    *,
+    posterior_net: Net,
+    likelihood_net: Net,
+    posterior: str = "DiagonalNormal",
+    likelihood: str = "Bernoulli",
+) -> Tensor:
+    """log p(x | z) + log p(z) - log q(z | x) at z = g(eps, x): the one-draw ELBO at given noise (Algorithms 1 and 2).
+
+    Args:
+        x: data `(N, X)`.
+        eps: noise `(*, N, D)`; leading dimensions are particles.
+        posterior_net: x to the posterior's eta.
+        likelihood_net: z to the likelihood's eta.
+        posterior: a key of `POSTERIORS`.
+        likelihood: a key of `LIKELIHOODS`.
+
+    Returns:
+        `(*, N)`.
+    """
+    eta = posterior_net(x)
+    z, log_q = POSTERIORS[posterior][0](eps, eta.expand(*eps.shape[:-1], -1))
+    log_px_z = LIKELIHOODS[likelihood](x.expand(*eps.shape[:-1], -1), likelihood_net(z))
+    return log_px_z + log_standard_normal(z) - log_q
+
+
+def importance_bound(log_w: Tensor) -> Tensor:
+    """log (1 / K) sum_k w_k for each datum, from log-weights `(K, N)`: `(N,)`  (section 2.6)."""
+    largest = log_w.max(0).values
+    return largest + torch.log(torch.exp(log_w - largest).mean(0))
+
+
+# --- closed forms ------------------------------------------------------------------------------------------------------
+
+
+def kl_diagonal_standard(eta: Tensor) -> Tensor:
+    """KL(N(mu, diag(sigma^2)) || N(0, I)) = sum_i (mu_i^2 + sigma_i^2 - 1) / 2 - log sigma_i, `(*)`."""
+    mu, log_sigma = _split(eta, eta.shape[-1] // 2)
+    return ((mu**2 + torch.exp(2 * log_sigma) - 1) / 2 - log_sigma).sum(-1)
+
+
+def kl_full_standard(eta: Tensor) -> Tensor:
+    """KL(N(mu, L L^T) || N(0, I)) = (|mu|^2 + |L|_F^2 - D) / 2 - sum_i log sigma_i, `(*)`."""
+    mu, log_sigma, scale = _full_parameters(eta)
+    return ((mu**2).sum(-1) + (scale**2).sum((-2, -1)) - mu.shape[-1]) / 2 - log_sigma.sum(-1)
+
+
+def linear_gaussian_log_prob(x: Tensor, weight: Tensor, bias: Tensor, log_sigma: Tensor) -> Tensor:
+    """log p(x) = log N(x; b, W W^T + s^2 I), the marginal of z ~ N(0, I), x | z ~ N(W z + b, s^2 I).
+
+    Args:
+        x: `(*, X)`.
+        weight: W `(X, D)`.
+        bias: b `(X,)`.
+        log_sigma: log s, a scalar.
+    """
+    covariance = weight @ weight.T + torch.exp(2 * log_sigma) * torch.eye(len(bias), dtype=x.dtype, device=x.device)
+    difference = x - bias
+    squares = (difference * torch.linalg.solve(covariance, difference.unsqueeze(-1)).squeeze(-1)).sum(-1)
+    return -(squares + torch.logdet(covariance) + len(bias) * LOG_2_PI) / 2
+
+
+def linear_gaussian_posterior(x: Tensor, weight: Tensor, bias: Tensor, log_sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean `(*, D)` and covariance `(D, D)` of p(z | x) = N(M^-1 W^T (x - b), s^2 M^-1), M = W^T W + s^2 I."""
+    variance = torch.exp(2 * log_sigma)
+    inverse = torch.linalg.inv(weight.T @ weight + variance * torch.eye(weight.shape[1], dtype=x.dtype, device=x.device))
+    return (x - bias) @ weight @ inverse, variance * inverse
+
+
+def linear_gaussian_elbo(
+    x: Tensor, z: Tensor, log_q: Tensor, weight: Tensor, bias: Tensor, log_sigma: Tensor
+) -> Tensor:
+    """log N(x; W z + b, s^2 I) + log N(z; 0, I) - log q(z | x), for a z drawn from q: `(*)`."""
+    squares = ((x - z @ weight.T - bias) ** 2).sum(-1) * torch.exp(-2 * log_sigma)
+    log_px_z = -(squares + len(bias) * (LOG_2_PI + 2 * log_sigma)) / 2
+    return log_px_z + log_standard_normal(z) - log_q

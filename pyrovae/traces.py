@@ -1,0 +1,323 @@
+"""The only reader of Pyro traces: log-probabilities for each site and datum, and importance weights (K, N)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import pyro.poutine as poutine
+import torch
+from pyro.distributions.util import scale_and_mask
+from torch import Tensor
+
+from pyrovae.data import Batch, as_batch, check_finite
+from pyrovae.program import LatentModel
+
+
+@dataclass
+class Draw:
+    """K draws of all latents for each of N data, and what model and guide say of them.
+
+    Attributes:
+        guide: log q of each of the guide's sites, `(K, N)`; natural logarithms, unscaled, masks applied.
+        latents: log p of each of the model's latent sites, `(K, N)`.
+        observed: log p of each of the model's observed sites, `(K, N)`.
+        guide_sites, model_sites: the sites themselves, as Pyro's traces have them.
+        plate_name: of the plate over the data.
+    """
+
+    guide: dict[str, Tensor]
+    latents: dict[str, Tensor]
+    observed: dict[str, Tensor]
+    guide_sites: dict[str, Any]
+    model_sites: dict[str, Any]
+    plate_name: str
+
+    @property
+    def log_weights(self) -> Tensor:
+        """log p(x, z_k) - log q(z_k | x), `(K, N)`."""
+        return self.log_px_z - self.kl
+
+    @property
+    def log_px_z(self) -> Tensor:
+        """log p(x | z_k), `(K, N)`."""
+        return _sum(self.observed)
+
+    @property
+    def kl(self) -> Tensor:
+        """log q(z_k | x) - log p(z_k), `(K, N)`: one-draw estimates of KL(q(z | x) || p(z))."""
+        return _sum(self.guide) - _sum(self.latents)
+
+    def posterior_means(self) -> dict[str, Tensor]:
+        """E_q[z | x] of each of the guide's sites, `(N, D)`: exact where the family knows its mean, averaged over K."""
+        means = {}
+        for name, site in self.guide_sites.items():
+            try:
+                value = site["fn"].mean
+            except NotImplementedError:
+                value = site["value"]
+            plate = next(frame for frame in site["cond_indep_stack"] if frame.name == self.plate_name)
+            value = value.movedim(plate.dim - site["fn"].event_dim, 0)  # data first, then the particles' plate
+            if _together(site):
+                value = value.movedim(1, 0)
+            means[name] = value.reshape(*self.guide[name].shape, -1).mean(0)
+        return means
+
+    def first_bad(self) -> str | None:
+        """Where the first value or log-probability that is not finite stands, in the order of execution."""
+        for part, sites, log_probs in (
+            ("guide", self.guide_sites, self.guide),
+            ("model", self.model_sites, self.latents | self.observed),
+        ):
+            for name, site in sites.items():
+                if not bool(torch.isfinite(site["value"]).all()):
+                    return f"site {name!r} of the {part}: its value is not finite"
+                if not bool(torch.isfinite(log_probs[name]).all()):
+                    return f"site {name!r} of the {part}: its log-probability is not finite"
+        return None
+
+
+def _sum(log_probs: dict[str, Tensor]) -> Tensor:
+    return torch.stack(torch.broadcast_tensors(*log_probs.values())).sum(0) if log_probs else torch.zeros(())
+
+
+def log_weights(program: LatentModel, batch: Any, num_particles: int) -> Tensor:
+    """log w_k = log p(x, z_k) - log q(z_k | x), z_k ~ q(z | x), for each datum on its own.
+
+    Scales (subsampling, KL weights) are stripped, masks are kept. Gradients flow to model and guide.
+
+    Args:
+        program: a `LatentModel`.
+        batch: data, a dict of tensors `(N, ...)`, a tensor or a pair.
+        num_particles: K.
+
+    Returns:
+        `(K, N)`, in nats.
+
+    Raises:
+        ValueError: where latents of model and guide differ, or a site lies outside the plate over the data;
+            for bad data or num_particles < 1.
+
+    Source:
+        Kingma and Welling (2019), section 2.6; Burda et al. (2016), eq. 8.
+
+    Example:
+        >>> from pyrovae import VAE, log_weights
+        >>> log_weights(VAE.mlp(64, 2), torch.zeros(5, 64), num_particles=3).shape
+        torch.Size([3, 5])
+    """
+    batch = check_batch(program, batch, num_particles)
+    layout = Layout.of(program, batch)
+    with program.scope():
+        return draw(program, batch, num_particles, layout).log_weights
+
+
+def check_batch(program: LatentModel, batch: Any, num_particles: int = 1) -> Batch:
+    """The batch as a dict, its values finite, for a program that is one."""
+    check_program(program)
+    if not isinstance(num_particles, int) or num_particles < 1:
+        raise ValueError(f"Expected num_particles to be a whole number of at least 1; got {num_particles!r}")
+    batch = as_batch(batch)
+    check_finite(batch, "batch")
+    return batch
+
+
+def check_program(program: Any) -> None:
+    """Raises ValueError for what is not a `LatentModel`."""
+    if not isinstance(program, LatentModel):
+        raise ValueError(
+            f"Expected program to be a LatentModel; got {type(program).__name__}. "
+            "Two functions become one by as_program(model, guide)"
+        )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a program is run for many particles at once.
+
+    Attributes:
+        nesting: number of dimensions that the program's own plates take.
+        vectorized: its networks broadcast over a plate of particles to the left of its own; otherwise each datum
+            is repeated for each particle.
+    """
+
+    nesting: int
+    vectorized: bool
+
+    @staticmethod
+    def of(program: LatentModel, batch: Batch) -> "Layout":
+        """Found by running the program on one or two rows, from a copy of torch's random state.
+
+        A program is called vectorized where particles run together and one by one give equal log-weights.
+        """
+        rows = {key: value[:2] for key, value in batch.items()}
+        with torch.random.fork_rng(), program.inference():
+            nesting = _nesting(_run(program, rows))
+            return Layout(nesting, _broadcasts(program, rows, nesting))
+
+
+def draw(program: LatentModel, batch: Batch, num_particles: int, layout: Layout) -> Draw:
+    """Run guide and model once, K particles at a time; the caller has entered the program's scope.
+
+    Raises:
+        ValueError: where latents of model and guide differ, or a site lies outside the plate over the data.
+    """
+    n = len(next(iter(batch.values())))
+    if num_particles == 1:
+        return _read(program, _run(program, batch), 1, n, layout.nesting)
+    if layout.vectorized:
+        traces = _run(program, batch, num_particles, layout.nesting)
+        return _read(program, traces, num_particles, n, layout.nesting + 1)
+    rows = {key: value.repeat(num_particles, *[1] * (value.dim() - 1)) for key, value in batch.items()}
+    return _read(program, _run(program, rows), num_particles, n, layout.nesting)
+
+
+Traces = tuple[poutine.Trace, poutine.Trace]
+
+
+def _run(program: LatentModel, batch: Batch, num_particles: int = 1, nesting: int = 0, latents: Any = None) -> Traces:
+    """Traces of the guide and of the model run against it; `latents`, a trace, fixes what the guide draws."""
+    model, guide = program.model, program.guide
+    if num_particles > 1:
+        plate = pyro.plate("particles", num_particles, dim=-nesting - 1)
+        model, guide = plate(model), plate(guide)
+    if latents is not None:
+        guide = poutine.replay(guide, trace=latents)
+    guide_trace = poutine.trace(guide).get_trace(**batch)
+    return guide_trace, poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(**batch)
+
+
+def _sites(trace: poutine.Trace) -> dict[str, Any]:
+    """The sample sites that carry a density."""
+    return {
+        name: site
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample"
+        and not poutine.util.site_is_subsample(site)
+        and not site["infer"].get("_deterministic")
+    }
+
+
+def _plate_dims(site: Any) -> set[int]:
+    return {frame.dim for frame in site["cond_indep_stack"] if frame.vectorized}
+
+
+def _together(site: Any) -> bool:
+    """Whether the particles have a plate of their own."""
+    return any(frame.name == "particles" for frame in site["cond_indep_stack"])
+
+
+def _nesting(traces: Traces) -> int:
+    return max((-dim for trace in traces for site in _sites(trace).values() for dim in _plate_dims(site)), default=1)
+
+
+def _broadcasts(program: LatentModel, batch: Batch, nesting: int) -> bool:
+    n = len(next(iter(batch.values())))
+    try:
+        traces = _run(program, batch, 2, nesting)
+        together = _read(program, traces, 2, n, nesting + 1)
+    except (RuntimeError, ValueError, IndexError):  # a network that does not broadcast: torch says so in many ways
+        return False
+    for k in range(2):
+        alone = _read(program, _run(program, batch, latents=_particle(traces[0], k, nesting)), 1, n, nesting)
+        if not torch.allclose(together.log_weights[k], alone.log_weights[0], rtol=1e-4, atol=1e-4, equal_nan=True):
+            return False
+    return True
+
+
+def _particle(guide_trace: poutine.Trace, k: int, nesting: int) -> poutine.Trace:
+    """The guide's trace with the k-th particle alone, its values shaped as if there had been no others."""
+    particle = poutine.Trace()
+    for name, site in _sites(guide_trace).items():
+        plates = max((-dim for dim in _plate_dims(site) if dim != -nesting - 1), default=0)
+        value = site["value"][k]
+        value = value.reshape(value.shape[value.dim() - site["fn"].event_dim - plates :])
+        particle.add_node(name, name=name, type="sample", value=value, is_observed=False, infer=site["infer"])
+    return particle
+
+
+def _read(program: LatentModel, traces: Traces, num_particles: int, n: int, dims: int) -> Draw:
+    guide, model = map(_sites, traces)
+    latents = [name for name, site in model.items() if not site["is_observed"]]
+    _check_latents(latents, guide)
+    if len(latents) == len(model):
+        raise ValueError(f"Expected the model to observe data; got only latent sites, {sorted(latents)}")
+    log_q = {name: _log_prob(program, site, num_particles, n, dims) for name, site in guide.items()}
+    log_p = {name: _log_prob(program, site, num_particles, n, dims) for name, site in model.items()}
+    return Draw(
+        guide=log_q,
+        latents={name: log_p[name] for name in latents},
+        observed={name: log_p[name] for name in model if name not in latents},
+        guide_sites=guide,
+        model_sites=model,
+        plate_name=program.plate_name,
+    )
+
+
+def _check_latents(model: list[str], guide: dict[str, Any]) -> None:
+    missing = sorted(set(model) - set(guide))
+    extra = sorted(name for name in set(guide) - set(model) if not guide[name]["infer"].get("is_auxiliary"))
+    if missing or extra:
+        raise ValueError(
+            f"Expected the guide to have the latent sites of the model, {sorted(model)}; got {sorted(guide)}"
+            + (f": the guide lacks {', '.join(missing)}" if missing else "")
+            + (f": the model lacks {', '.join(extra)}" if extra else "")
+        )
+
+
+def _log_prob(program: LatentModel, site: Any, num_particles: int, n: int, dims: int) -> Tensor:
+    """log-probability `(K, N)` of one site, summed over all its plates but those of particles and data.
+
+    `dims` plates there are at most; with more than `program`'s own, the first is that of the particles. Otherwise
+    the K particles lie behind each other in the data plate.
+    """
+    name, fn, value = site["name"], site["fn"], site["value"]
+    plate = next((f for f in site["cond_indep_stack"] if f.name == program.plate_name and f.vectorized), None)
+    if plate is None:
+        raise ValueError(f"Expected site {name!r} inside the plate {program.plate_name!r} over the data; it is outside")
+    event_shape = tuple(value.shape[value.dim() - fn.event_dim :])
+    if event_shape != tuple(fn.event_shape):
+        raise ValueError(
+            f"Expected values of shape (*, {', '.join(map(str, fn.event_shape))}) at site {name!r}; "
+            f"got {tuple(value.shape)}"
+        )
+    log_p = scale_and_mask(fn.log_prob(value, *site["args"], **site["kwargs"]), mask=site["mask"])
+    undeclared = [d for d in range(-log_p.dim(), 0) if log_p.shape[d] > 1 and d not in _plate_dims(site)]
+    if undeclared:
+        raise ValueError(
+            f"Expected the batch dimensions of site {name!r} to be those of its plates; got shape "
+            f"{tuple(log_p.shape)} with none for dimension {undeclared[0]}. Does it lack .to_event(1)?"
+        )
+    together = _together(site)
+    rows = n if together else num_particles * n
+    if plate.size != rows or log_p.dim() < -plate.dim or log_p.shape[plate.dim] != rows:
+        raise ValueError(
+            f"Expected the plate {program.plate_name!r} at site {name!r} to be as long as the batch, {rows}; "
+            f"got {plate.size} and log-probabilities of shape {tuple(log_p.shape)}"
+        )
+    log_p = log_p.reshape([1] * (dims - log_p.dim()) + list(log_p.shape))
+    others = [d for d in range(-dims + together, 0) if d != plate.dim]
+    return (log_p.sum(others) if others else log_p).reshape(num_particles, n)
+
+
+def data_supports(batch: Batch, sites: dict[str, Any]) -> dict[str, tuple[str, Any]]:
+    """For each tensor of the batch that a model observes as it is: the site that does, and its support."""
+    return {
+        key: (name, site["fn"].support)
+        for key, value in batch.items()
+        for name, site in sites.items()
+        if site["is_observed"] and site["value"].data_ptr() == value.data_ptr() and site["value"].shape == value.shape
+    }
+
+
+def check_support(batch: Batch, supports: dict[str, tuple[str, Any]], name: str) -> None:
+    """Raises ValueError where data lie outside the support of the site that observes them."""
+    for key, (site, support) in supports.items():
+        inside = support.check(batch[key])
+        if not bool(inside.all()):
+            bad = batch[key][~inside][0].flatten()
+            binary = "boolean" in str(support).lower()
+            bad = bad[(bad != 0) & (bad != 1)][0] if binary else bad[0]
+            raise ValueError(
+                f"Expected {name}[{key!r}] within the support of site {site!r}, {'{0, 1}' if binary else support}; "
+                f"got {bad.item():g}" + (". Grey values must be binarized, or given another likelihood" * binary)
+            )
