@@ -2,7 +2,15 @@
 
 from pyrovae import conditionals as conditionals
 from pyrovae import data as data
+from pyrovae import plots as plots
 from pyrovae import reference as reference
+from pyrovae.checkpoint import load as load
+from pyrovae.checkpoint import save as save
+from pyrovae.evaluate import Comparison as Comparison
+from pyrovae.evaluate import Evaluation as Evaluation
+from pyrovae.evaluate import compare as compare
+from pyrovae.evaluate import evaluate as evaluate
+from pyrovae.fit import fit as fit
 from pyrovae.models import VAE as VAE
 from pyrovae.models import LinearGaussian as LinearGaussian
 from pyrovae.nets import MLP as MLP

@@ -5,7 +5,7 @@ import math
 import os
 import struct
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 Batch = dict[str, Tensor]
 Binarize = Literal["none", "dynamic", "static", "threshold"]
@@ -80,6 +81,7 @@ class Data:
         tensors: dict of tensors `(N, ...)`, a single tensor (named `x`) or a pair (`x`, `y`).
         dynamic: draw `x` anew from Bernoulli(x) each time that it is shown; `x` then holds
             probabilities (dynamic binarization, Burda et al. 2016).
+        check: look for NaN, infinity and wrong values; off only for tensors that were looked through before.
 
     Raises:
         ValueError: for NaN or infinity, an empty set, unequal lengths, or `dynamic` with values outside [0, 1].
@@ -90,11 +92,12 @@ class Data:
         [2, 1]
     """
 
-    def __init__(self, tensors: Any, *, dynamic: bool = False):
+    def __init__(self, tensors: Any, *, dynamic: bool = False, check: bool = True):
         self.tensors = as_batch(tensors, "data")
         self.dynamic = dynamic
-        check_finite(self.tensors, "data")
-        if dynamic:
+        if check:
+            check_finite(self.tensors, "data")
+        if check and dynamic:
             _check_unit_interval(self.tensors["x"])
 
     def __len__(self) -> int:
@@ -105,15 +108,18 @@ class Data:
 
     def select(self, *keys: str) -> "Data":
         """The same data with these tensors alone, for a program that takes no others."""
-        return Data({key: self.tensors[key] for key in keys}, dynamic=self.dynamic)
+        return self._with({key: self.tensors[key] for key in keys})
 
     def rows(self, index: Tensor | slice) -> "Data":
         """The data at `index`."""
-        return Data({key: value[index] for key, value in self.tensors.items()}, dynamic=self.dynamic)
+        return self._with({key: value[index] for key, value in self.tensors.items()})
 
-    def to(self, device: torch.device | str) -> "Data":
+    def to(self, device: torch.device | str | None) -> "Data":
         """The same data on another device."""
-        return Data({key: value.to(device) for key, value in self.tensors.items()}, dynamic=self.dynamic)
+        return self._with({key: value.to(device) for key, value in self.tensors.items()})
+
+    def _with(self, tensors: Batch) -> "Data":
+        return Data(tensors, dynamic=self.dynamic, check=False)
 
     def batches(self, batch_size: int, *, shuffle: torch.Generator | None = None) -> Iterator[Batch]:
         """All data once, in minibatches of `batch_size`; the last one may be smaller.
@@ -135,6 +141,44 @@ class Data:
                 noise = torch.rand(batch["x"].shape, generator=shuffle).to(batch["x"].device)
                 batch["x"] = (noise < batch["x"]).to(batch["x"].dtype)
             yield batch
+
+
+def as_data(data: Any, name: str = "data") -> "Data | DataLoader[Any]":
+    """A `Data` from tensors; a `Data` or a torch `DataLoader` as it is.
+
+    Raises:
+        ValueError: as `as_batch`; for NaN or infinity.
+    """
+    if isinstance(data, Data | DataLoader):
+        return data
+    data = Data(as_batch(data, name), check=False)
+    check_finite(data.tensors, name)
+    return data
+
+
+def count(data: "Data | DataLoader[Any]") -> int | None:
+    """N, where it is known beforehand."""
+    if isinstance(data, Data):
+        return len(data)
+    return len(data.dataset) if isinstance(data.dataset, Sized) else None
+
+
+def stream(
+    data: "Data | DataLoader[Any]",
+    batch_size: int | None = None,
+    *,
+    shuffle: torch.Generator | None = None,
+    device: torch.device | None = None,
+    name: str = "data",
+) -> Iterator[Batch]:
+    """Minibatches on a device; a DataLoader's are its own, and checked for NaN and infinity as they come."""
+    if isinstance(data, Data):
+        yield from data.to(device).batches(batch_size or len(data), shuffle=shuffle)
+        return
+    for loaded in data:
+        batch = as_batch(loaded, name)
+        check_finite(batch, name)
+        yield {key: value.to(device) for key, value in batch.items()}
 
 
 @dataclass(frozen=True)

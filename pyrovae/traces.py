@@ -8,6 +8,7 @@ import pyro.poutine as poutine
 import torch
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_hook
 
 from pyrovae.data import Batch, as_batch, check_finite
 from pyrovae.program import LatentModel
@@ -105,24 +106,18 @@ def log_weights(program: LatentModel, batch: Any, num_particles: int) -> Tensor:
         >>> log_weights(VAE.mlp(64, 2), torch.zeros(5, 64), num_particles=3).shape
         torch.Size([3, 5])
     """
-    batch = check_batch(program, batch, num_particles)
-    layout = Layout.of(program, batch)
-    with program.scope():
-        return draw(program, batch, num_particles, layout).log_weights
-
-
-def check_batch(program: LatentModel, batch: Any, num_particles: int = 1) -> Batch:
-    """The batch as a dict, its values finite, for a program that is one."""
-    check_program(program)
-    if not isinstance(num_particles, int) or num_particles < 1:
-        raise ValueError(f"Expected num_particles to be a whole number of at least 1; got {num_particles!r}")
+    check_arguments(program, num_particles)
     batch = as_batch(batch)
     check_finite(batch, "batch")
-    return batch
+    survey = Survey.of(program, batch)
+    with program.scope():
+        return draw(program, batch, num_particles, survey).log_weights
 
 
-def check_program(program: Any) -> None:
-    """Raises ValueError for what is not a `LatentModel`."""
+def check_arguments(program: Any, num_particles: int = 1) -> None:
+    """Raises ValueError for what is not a `LatentModel`, or fewer particles than one."""
+    if not isinstance(num_particles, int) or num_particles < 1:
+        raise ValueError(f"Expected num_particles to be a whole number of at least 1; got {num_particles!r}")
     if not isinstance(program, LatentModel):
         raise ValueError(
             f"Expected program to be a LatentModel; got {type(program).__name__}. "
@@ -131,31 +126,93 @@ def check_program(program: Any) -> None:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How a program is run for many particles at once.
+class Survey:
+    """What a first run on one or two rows tells of a program.
 
     Attributes:
         nesting: number of dimensions that the program's own plates take.
-        vectorized: its networks broadcast over a plate of particles to the left of its own; otherwise each datum
-            is repeated for each particle.
+        vectorized: its networks broadcast over a plate of particles to the left of its own plates. If not, each
+            datum is repeated for each particle.
+        width: numbers for each datum in the widest tensor that a network or a site makes.
+        dim: number of observed values in a datum.
+        supports: for each tensor of the batch that a site observes as it is, that site and its support.
     """
 
     nesting: int
     vectorized: bool
+    width: int
+    dim: int
+    supports: dict[str, tuple[str, Any]]
 
     @staticmethod
-    def of(program: LatentModel, batch: Batch) -> "Layout":
-        """Found by running the program on one or two rows, from a copy of torch's random state.
+    def of(program: LatentModel, batch: Batch) -> "Survey":
+        """Run the program in eval mode, from a copy of torch's random state, with Pyro's validation.
 
-        A program is called vectorized where particles run together and one by one give equal log-weights.
+        A program is called vectorized where particles run together and one by one have equal log-weights.
+
+        Raises:
+            ValueError: where latents of model and guide differ, a site lies outside the plate over the data, or
+                Pyro finds a value outside its support.
+            FloatingPointError: where a log-weight is NaN.
         """
         rows = {key: value[:2] for key, value in batch.items()}
+        n = len(next(iter(rows.values())))
         with torch.random.fork_rng(), program.inference():
-            nesting = _nesting(_run(program, rows))
-            return Layout(nesting, _broadcasts(program, rows, nesting))
+            with pyro.validation_enabled(False), _Widest() as widest:
+                traces = _run(program, rows)
+                nesting = _nesting(traces)
+                drawn = _read(program, traces, 1, n, nesting)
+            if bool(torch.isnan(drawn.log_weights).any()):
+                raise FloatingPointError(f"Expected finite log-weights; got NaN: {drawn.first_bad()}")
+            with pyro.validation_enabled(True):
+                _read(program, _run(program, rows), 1, n, nesting)
+                vectorized = _broadcasts(program, rows, nesting)
+        observed = [drawn.model_sites[name] for name in drawn.observed]
+        sizes = [site["value"].numel() for site in (*drawn.guide_sites.values(), *drawn.model_sites.values())]
+        return Survey(
+            nesting,
+            vectorized,
+            width=max(widest.numel, *sizes) // n,
+            dim=sum(site["value"].numel() for site in observed) // n,
+            supports={
+                key: (site["name"], site["fn"].support)
+                for key, value in rows.items()
+                for site in observed
+                if site["value"].data_ptr() == value.data_ptr() and site["value"].shape == value.shape
+            },
+        )
+
+    def check_support(self, batch: Batch, name: str) -> None:
+        """Raises ValueError where data lie outside the support of the site that observes them."""
+        for key, (site, support) in self.supports.items():
+            inside = support.check(batch[key])
+            if bool(inside.all()):
+                continue
+            bad, binary = batch[key][~inside][0].flatten(), "boolean" in str(support).lower()
+            bad = bad[(bad != 0) & (bad != 1)] if binary else bad
+            raise ValueError(
+                f"Expected {name}[{key!r}] within the support of site {site!r}, {'{0, 1}' if binary else support}; "
+                f"got {bad[0].item():g}" + (". Binarize grey values, or choose another likelihood" if binary else "")
+            )
 
 
-def draw(program: LatentModel, batch: Batch, num_particles: int, layout: Layout) -> Draw:
+class _Widest:
+    """While entered, notes the largest number of values that any network's output has."""
+
+    def __enter__(self) -> "_Widest":
+        self.numel = 0
+        self.handle = register_module_forward_hook(self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.handle.remove()
+
+    def _note(self, module: Any, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            self.numel = max(self.numel, output.numel())
+
+
+def draw(program: LatentModel, batch: Batch, num_particles: int, survey: Survey) -> Draw:
     """Run guide and model once, K particles at a time; the caller has entered the program's scope.
 
     Raises:
@@ -163,12 +220,12 @@ def draw(program: LatentModel, batch: Batch, num_particles: int, layout: Layout)
     """
     n = len(next(iter(batch.values())))
     if num_particles == 1:
-        return _read(program, _run(program, batch), 1, n, layout.nesting)
-    if layout.vectorized:
-        traces = _run(program, batch, num_particles, layout.nesting)
-        return _read(program, traces, num_particles, n, layout.nesting + 1)
+        return _read(program, _run(program, batch), 1, n, survey.nesting)
+    if survey.vectorized:
+        traces = _run(program, batch, num_particles, survey.nesting)
+        return _read(program, traces, num_particles, n, survey.nesting + 1)
     rows = {key: value.repeat(num_particles, *[1] * (value.dim() - 1)) for key, value in batch.items()}
-    return _read(program, _run(program, rows), num_particles, n, layout.nesting)
+    return _read(program, _run(program, rows), num_particles, n, survey.nesting)
 
 
 Traces = tuple[poutine.Trace, poutine.Trace]
@@ -297,27 +354,3 @@ def _log_prob(program: LatentModel, site: Any, num_particles: int, n: int, dims:
     log_p = log_p.reshape([1] * (dims - log_p.dim()) + list(log_p.shape))
     others = [d for d in range(-dims + together, 0) if d != plate.dim]
     return (log_p.sum(others) if others else log_p).reshape(num_particles, n)
-
-
-def data_supports(batch: Batch, sites: dict[str, Any]) -> dict[str, tuple[str, Any]]:
-    """For each tensor of the batch that a model observes as it is: the site that does, and its support."""
-    return {
-        key: (name, site["fn"].support)
-        for key, value in batch.items()
-        for name, site in sites.items()
-        if site["is_observed"] and site["value"].data_ptr() == value.data_ptr() and site["value"].shape == value.shape
-    }
-
-
-def check_support(batch: Batch, supports: dict[str, tuple[str, Any]], name: str) -> None:
-    """Raises ValueError where data lie outside the support of the site that observes them."""
-    for key, (site, support) in supports.items():
-        inside = support.check(batch[key])
-        if not bool(inside.all()):
-            bad = batch[key][~inside][0].flatten()
-            binary = "boolean" in str(support).lower()
-            bad = bad[(bad != 0) & (bad != 1)][0] if binary else bad[0]
-            raise ValueError(
-                f"Expected {name}[{key!r}] within the support of site {site!r}, {'{0, 1}' if binary else support}; "
-                f"got {bad.item():g}" + (". Grey values must be binarized, or given another likelihood" * binary)
-            )

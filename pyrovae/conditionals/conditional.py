@@ -68,4 +68,5 @@ class Conditional(nn.Module, ABC):
             return self.net()
         batch_shape = torch.broadcast_shapes(*(parent.shape[:-1] for parent in parents))
         joined = torch.cat([parent.expand(*batch_shape, parent.shape[-1]) for parent in parents], -1)
-        return self.net(joined.reshape(-1, joined.shape[-1])).reshape(*batch_shape, -1)
+        # under mixed precision the network alone is in bfloat16, never the density
+        return self.net(joined.reshape(-1, joined.shape[-1])).reshape(*batch_shape, -1).to(joined.dtype)

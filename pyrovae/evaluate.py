@@ -1,0 +1,378 @@
+"""What a program's log-likelihood is, how far that can be trusted, and how the bounds compare."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import pyro
+import pyro.poutine as poutine
+import torch
+from pyro.infer import Trace_ELBO
+from torch import Tensor
+from tqdm import tqdm
+
+from pyrovae.data import Batch, Data, as_data, count, stream
+from pyrovae.program import LatentModel
+from pyrovae.traces import Draw, Survey, check_arguments, draw
+from pyrovae.weights import WeightSums
+
+K_HAT_LIMIT = 0.7
+ACTIVE_VARIANCE = 0.01
+NUMBERS_AT_ONCE = 2**22  # in the widest tensor that a chunk makes
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Importance-sampled log-likelihood of N data, with what tells whether to trust it.
+
+    Attributes:
+        log_px: log (1/K) sum_k w_k, `(N,)`, nats: a lower bound on log p(x) in expectation.
+        elbo: mean_k log w_k, `(N,)`, nats.
+        standard_error: of log_px by the delta method, sqrt(1/ESS - 1/K), `(N,)`; NaN for one particle, which
+            cannot tell.
+        ess: effective sample size (sum w)^2 / sum w^2, `(N,)`, between 1 and K.
+        k_hat: Pareto shape of the largest weights, `(N,)`. Above 0.7 neither log_px nor its error can be trusted.
+            0 where all weights are equal; NaN below 21 particles, or where ties leave no tail to fit.
+        num_particles: K.
+        dim: number of observed values in a datum.
+        active_units: for each latent site, the number of units whose posterior mean varies over the data with a
+            variance above 0.01 (Burda et al. 2016).
+    """
+
+    log_px: Tensor
+    elbo: Tensor
+    standard_error: Tensor
+    ess: Tensor
+    k_hat: Tensor
+    num_particles: int
+    dim: int
+    active_units: dict[str, int]
+
+    def summary(self) -> dict[str, Any]:
+        """Means over the data, each with its standard error over the data; nats, per datum.
+
+        `log_px_sampling_error` is the part of `log_px_error` that more particles would remove.
+        """
+        bits = -self.log_px / (self.dim * math.log(2))
+        return {
+            "num_data": len(self.log_px),
+            "num_particles": self.num_particles,
+            "log_px": self.log_px.mean().item(),
+            "log_px_error": _error(self.log_px),
+            "log_px_sampling_error": (self.standard_error**2).sum().sqrt().item() / len(self.log_px),
+            "elbo": self.elbo.mean().item(),
+            "elbo_error": _error(self.elbo),
+            "bits_per_dim": bits.mean().item(),
+            "bits_per_dim_error": _error(bits),
+            "ess": self.ess.mean().item(),
+            "k_hat_above_0.7": (self.k_hat > K_HAT_LIMIT).double().mean().item(),
+            "active_units": dict(self.active_units),
+        }
+
+    def __str__(self) -> str:
+        s = self.summary()
+        units = ", ".join(f"{count} in {site!r}" for site, count in s["active_units"].items())
+        return "\n".join(
+            [
+                f"log p(x)      {s['log_px']:10.3f} ± {s['log_px_error']:.3f} nats per datum "
+                f"({s['num_data']} data, K = {s['num_particles']}, sampling error {s['log_px_sampling_error']:.3f})",
+                f"ELBO          {s['elbo']:10.3f} ± {s['elbo_error']:.3f} nats per datum",
+                f"bits per dim  {s['bits_per_dim']:10.4f} ± {s['bits_per_dim_error']:.4f}",
+                f"mean ESS      {s['ess']:10.1f}; k-hat above {K_HAT_LIMIT} for {s['k_hat_above_0.7']:.1%} of the data",
+                f"active units  {units}",
+            ]
+        )
+
+
+def _error(values: Tensor) -> float:
+    """Standard error of the mean; NaN for a single datum."""
+    return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def evaluate(
+    program: LatentModel,
+    data: Any,
+    num_particles: int = 5000,
+    *,
+    batch_size: int | None = None,
+    chunk_size: int | None = None,
+    seed: int | None = None,
+    progress: bool = True,
+) -> Evaluation:
+    """Importance-sampled log p(x) of each datum, its standard error and its diagnostics.
+
+        log p_K(x) = log (1/K) sum_k w_k,   w_k = p(x, z_k) / q(z_k | x),   z_k ~ q(z | x)
+
+    Weights are formed for each datum and summed as they come, so memory is bounded whatever N and K. Runs without
+    gradients and in eval mode, on the program's device; the mode and, with a seed, torch's random state are
+    restored after.
+
+    Args:
+        program: a `LatentModel`.
+        data: a tensor `(N, D)`, a batch, a `Data` or a torch `DataLoader`.
+        num_particles: K; exactly as many are drawn.
+        batch_size: data at once; None chooses by memory.
+        chunk_size: particles at once; None chooses by memory. Neither size enters the result, except through the
+            order in which random numbers are drawn.
+        seed: of the draws; None goes on from torch's present random state.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: for bad data, sizes below 1, data outside the support of the likelihood, or latents of model
+            and guide that do not fit.
+        FloatingPointError: where a weight is NaN or infinite, naming the datum and the site.
+
+    Source:
+        Kingma and Welling (2019), section 2.6; Burda et al. (2016); for k-hat, Vehtari et al. (2024).
+
+    Example:
+        >>> from pyrovae import LinearGaussian, evaluate
+        >>> program, x = LinearGaussian(5, 2), torch.zeros(3, 5)
+        >>> result = evaluate(program, x, num_particles=10, progress=False)
+        >>> torch.allclose(result.log_px, program.log_prob(x).double())
+        True
+    """
+    check_arguments(program, num_particles)
+    results: list[WeightSums] = []
+    units = _ActiveUnits()
+    with program.inference(seed), pyro.validation_enabled(False):
+        plan = _Plan.of(program, data, num_particles, batch_size, chunk_size)
+        for first, part in plan.parts(f"log p(x), K = {num_particles}", progress):
+            results.append(WeightSums(num_particles))
+            for drawn in plan.draws(first, part):
+                results[-1].add(drawn.log_weights)
+                units.add(drawn)
+            units.end_of_chunk()
+
+    def gather(statistic: Callable[[WeightSums], Tensor]) -> Tensor:
+        return torch.cat([statistic(sums) for sums in results]).cpu()
+
+    return Evaluation(
+        log_px=gather(WeightSums.log_mean),
+        elbo=gather(WeightSums.elbo),
+        standard_error=gather(WeightSums.standard_error),
+        ess=gather(WeightSums.ess),
+        k_hat=gather(WeightSums.k_hat),
+        num_particles=num_particles,
+        dim=plan.survey.dim,
+        active_units=units.count(),
+    )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How N data and K particles are cut into chunks that fit into memory."""
+
+    program: LatentModel
+    num_particles: int
+    survey: Survey
+    batches: Iterator[Batch]
+    num_data: int | None
+    batch_size: int
+    chunk_size: int
+
+    @staticmethod
+    def of(
+        program: LatentModel, data: Any, num_particles: int, batch_size: int | None = None, chunk_size: int | None = None
+    ) -> "_Plan":
+        for name, size in (("batch_size", batch_size), ("chunk_size", chunk_size)):
+            if size is not None and size < 1:
+                raise ValueError(f"Expected {name} to be at least 1; got {size}")
+        data = as_data(data)
+        batches = stream(data, device=next((p.device for p in program.parameters()), None))
+        first = next(batches, None)
+        if first is None:
+            raise ValueError("Expected data to hold at least one datum; got an empty DataLoader")
+        survey = Survey.of(program, first)
+        rows = max(1, NUMBERS_AT_ONCE // survey.width)
+        chunk_size = min(num_particles, chunk_size or rows)
+        batch_size = batch_size or max(1, rows // chunk_size)
+        return _Plan(program, num_particles, survey, chain([first], batches), count(data), batch_size, chunk_size)
+
+    def parts(self, title: str, progress: bool) -> Iterator[tuple[int, Batch]]:
+        """Chunks of data in order, each with the index of its first datum."""
+        done = 0
+        with tqdm(total=self.num_data, unit=" data", desc=title, disable=not progress) as bar:
+            for batch in self.batches:
+                self.survey.check_support(batch, "data")
+                for start in range(0, _rows(batch), self.batch_size):
+                    part = {key: value[start : start + self.batch_size] for key, value in batch.items()}
+                    yield done, part
+                    done += _rows(part)
+                    bar.update(_rows(part))
+
+    def draws(self, first: int, part: Batch) -> Iterator[Draw]:
+        """Chunks of particles for a chunk of data, K in all."""
+        for start in range(0, self.num_particles, self.chunk_size):
+            drawn = draw(self.program, part, min(self.chunk_size, self.num_particles - start), self.survey)
+            bad = torch.isnan(drawn.log_weights) | (drawn.log_weights == torch.inf)
+            if bool(bad.any()):
+                datum = first + int(bad.any(0).nonzero()[0])
+                found = drawn.log_weights[bad][0].item()
+                raise FloatingPointError(
+                    f"Expected finite log-weights; got {found} at datum {datum}: {drawn.first_bad()}"
+                )
+            yield drawn
+
+
+def _rows(batch: Batch) -> int:
+    return len(next(iter(batch.values())))
+
+
+class _ActiveUnits:
+    """Variance over the data of each unit's posterior mean, from sums."""
+
+    def __init__(self) -> None:
+        self.num_data = 0
+        self.sums: dict[str, Tensor] = {}  # over the data, (2, D): of means and of their squares
+        self.chunk: dict[str, Tensor] = {}  # over the particles, (n, D), of one chunk of data
+        self.particles = 0
+
+    def add(self, drawn: Draw) -> None:
+        k = len(drawn.log_weights)
+        for name, mean in drawn.posterior_means().items():
+            self.chunk[name] = self.chunk.get(name, 0) + k * mean.double()
+        self.particles += k
+
+    def end_of_chunk(self) -> None:
+        for name, total in self.chunk.items():
+            mean = total / self.particles
+            self.sums[name] = self.sums.get(name, 0) + torch.stack([mean.sum(0), (mean**2).sum(0)])
+        self.num_data += len(next(iter(self.chunk.values()), ()))
+        self.chunk, self.particles = {}, 0
+
+    def count(self) -> dict[str, int]:
+        counts = {}
+        for name, sums in self.sums.items():
+            mean, square = sums / self.num_data
+            counts[name] = int((square - mean**2 > ACTIVE_VARIANCE).sum())
+        return counts
+
+
+@dataclass(frozen=True)
+class Bound:
+    """One line of a comparison.
+
+    Attributes:
+        name: of the bound.
+        num_particles: K of an importance-sampled bound, else None.
+        value: mean over the data, nats.
+        error: standard error over the data, nats; None where only the sum over the data is known.
+    """
+
+    name: str
+    num_particles: int | None
+    value: float
+    error: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Bounds on log p(x) side by side; printed, it is a table.
+
+    Attributes:
+        bounds: reference ELBO and exact value only where the program has them.
+        num_data: N.
+        difference: largest difference of reference ELBO and Trace_ELBO over batches of data, at the same
+            latents; nats per datum; None without a reference.
+    """
+
+    bounds: list[Bound]
+    num_data: int
+    difference: float | None
+
+    def __str__(self) -> str:
+        lines = [f"{'nats per datum, ' + str(self.num_data) + ' data':<34}{'mean':>12}{'over the data':>16}"]
+        for bound in self.bounds:
+            error = "" if bound.error is None else f"± {bound.error:.4f}"
+            lines.append(f"{bound.name:<34}{bound.value:>12.4f}{error:>16}")
+        if self.difference is not None:
+            lines.append(f"reference and Trace_ELBO, at the same latents, differ by at most {self.difference:.1e}")
+        return "\n".join(lines)
+
+
+def compare(
+    program: LatentModel,
+    data: Any,
+    num_particles: Sequence[int] = (1, 10, 100, 1000, 5000),
+    *,
+    elbo_draws: int = 100,
+    seed: int | None = None,
+    progress: bool = True,
+) -> Comparison:
+    """Reference ELBO, Pyro's Trace_ELBO, importance-sampled bounds and the exact log p(x), side by side.
+
+    Reference and Trace_ELBO are taken at the same latents, drawn from the guide. The bound for K is averaged over
+    all groups of K among the largest number of draws, so that the bounds rise from one to the next.
+
+    Args:
+        program: a `LatentModel`; its `reference_elbo(x, z)` and `log_prob(x)` are used where it has them.
+        data: as for `evaluate`.
+        num_particles: every K.
+        elbo_draws: draws for each datum in the two ELBOs.
+        seed: of the draws; None goes on from torch's present random state.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError, FloatingPointError: as `evaluate`.
+
+    Example:
+        >>> from pyrovae import LinearGaussian, compare
+        >>> comparison = compare(LinearGaussian(5, 2), torch.zeros(3, 5), (1, 10), progress=False)
+        >>> [bound.name for bound in comparison.bounds]
+        ['reference ELBO', 'Trace_ELBO', 'bound, K = 1', 'bound, K = 10', 'exact log p(x)']
+    """
+    ks = sorted(set(num_particles))
+    for k in ks or [0]:
+        check_arguments(program, k)
+    if elbo_draws < 1:
+        raise ValueError(f"Expected elbo_draws to be at least 1; got {elbo_draws}")
+    if isinstance(data, Data) and data.dynamic:  # both passes must see the same bits
+        data = Data(next(data.batches(len(data))))
+    columns: dict[str, list[Tensor]] = {}
+
+    def add(name: str, values: Tensor) -> None:
+        columns.setdefault(name, []).append(values.double().cpu())
+
+    with program.inference(seed), pyro.validation_enabled(False):
+        for _, part in _Plan.of(program, data, 1).parts("ELBOs", progress):
+            for name, values in _elbos(program, part, elbo_draws).items():
+                add(name, values)
+        plan = _Plan.of(program, data, ks[-1])
+        for first, part in plan.parts(f"bounds up to K = {ks[-1]}", progress):
+            log_w = torch.cat([drawn.log_weights.double() for drawn in plan.draws(first, part)])
+            for k in ks:
+                groups = log_w[: len(log_w) // k * k].reshape(-1, k, log_w.shape[1])
+                add(f"bound, K = {k}", (groups.logsumexp(1) - math.log(k)).mean(0))
+            if hasattr(program, "log_prob"):
+                add("exact log p(x)", program.log_prob(**part))
+    difference = None
+    if "reference ELBO" in columns:
+        pairs = zip(columns["reference ELBO"], columns["Trace_ELBO"], strict=True)
+        difference = max((by_hand.mean() - pyros.mean()).abs().item() for by_hand, pyros in pairs)
+    values = {name: torch.cat(parts) for name, parts in columns.items()}
+    particles = {f"bound, K = {k}": k for k in ks}
+    bounds = [
+        Bound(name, particles.get(name), value.mean().item(), None if name == "Trace_ELBO" else _error(value))
+        for name, value in values.items()
+    ]
+    return Comparison(bounds, len(values["Trace_ELBO"]), difference)
+
+
+def _elbos(program: LatentModel, part: Batch, num_draws: int) -> dict[str, Tensor]:
+    """Both ELBOs of each datum, `(n,)`, averaged over draws; Pyro gives the sum over the data alone."""
+    by_hand: list[Tensor] = []
+    pyros = 0.0
+    for _ in range(num_draws):
+        trace = poutine.trace(program.guide).get_trace(**part)
+        pyros -= Trace_ELBO().loss(program.model, poutine.replay(program.guide, trace=trace), **part)
+        if hasattr(program, "reference_elbo"):
+            latents = {name: trace.nodes[name]["value"] for name in trace.stochastic_nodes if name != program.plate_name}
+            reference = program.reference_elbo(**part, **latents)
+            if reference is not None:
+                by_hand.append(reference)
+    n = _rows(part)
+    elbos = {"reference ELBO": torch.stack(by_hand).mean(0)} if by_hand else {}
+    return elbos | {"Trace_ELBO": torch.full((n,), pyros / num_draws / n, dtype=torch.float64)}

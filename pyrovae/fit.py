@@ -1,0 +1,345 @@
+"""The loop: SVI of any program under any Pyro ELBO, on Lightning Fabric."""
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer import ELBO, Trace_ELBO
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+from tqdm import tqdm
+
+from pyrovae import checkpoint
+from pyrovae.data import Batch, Data, as_data, count, stream
+from pyrovae.evaluate import NUMBERS_AT_ONCE
+from pyrovae.program import LatentModel
+from pyrovae.traces import Survey, check_arguments, draw
+
+History = list[dict[str, float]]
+PRECISIONS = ("32-true", "bf16-mixed")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+MEASURED = 10_000  # training data whose ELBO is measured after each epoch
+MEASURING_SEED = 0  # the same noise each epoch, so that epochs differ by their weights alone
+
+
+def fit(
+    program: LatentModel,
+    train: Any,
+    val: Any = None,
+    *,
+    elbo: ELBO | None = None,
+    epochs: int = 100,
+    batch_size: int = 100,
+    lr: float = 1e-3,
+    optimizer: Callable[..., torch.optim.Optimizer] | None = None,
+    patience: int | None = None,
+    grad_clip: float | None = None,
+    seed: int | None = None,
+    run_dir: str | Path | None = None,
+    resume: bool = False,
+    device: str = "auto",
+    precision: str = "32-true",
+    progress: bool = True,
+) -> History:
+    """Train a program by stochastic variational inference (Kingma and Welling 2019, Algorithm 1).
+
+    Each step takes the loss of `elbo(program.model, program.guide)` on a minibatch, a sum over its data as Pyro has
+    it, and one step of one torch optimizer on all parameters; those that appear only when the program first runs are
+    found. It is what `pyro.infer.SVI` does, and draws the same random numbers.
+
+    With `val`, the weights that were best on it are in the program at the end, also when training stops
+    with an error.
+
+    Args:
+        program: a `LatentModel`.
+        train: a tensor `(N, D)`, a pair (x, y), a dict of tensors, a `Data`, or a torch `DataLoader`, which then
+            says itself how it shuffles and what a minibatch is.
+        val: likewise; its ELBO chooses the best weights and stops training early.
+        elbo: any `pyro.infer.ELBO`; by default `Trace_ELBO()`.
+        epochs: passes over `train`, those before `resume` included.
+        batch_size: data in a minibatch.
+        lr: learning rate.
+        optimizer: called with the parameters and `lr`; by default `torch.optim.Adam`, fused.
+        patience: stop after so many epochs without a better ELBO on `val`.
+        grad_clip: largest L2 norm of the minibatch's gradient.
+        seed: of minibatches and noise; torch's random state is put back after. None goes on from the present one.
+        run_dir: folder for config.json, metrics.csv, model.safetensors (the best weights), and checkpoint.pt,
+            written after every epoch.
+        resume: go on from the checkpoint in `run_dir`, to the very weights that an undisturbed run reaches.
+        device: auto, cpu, cuda or mps; the program stays there.
+        precision: 32-true (as the program's parameters are) or bf16-mixed (networks in bfloat16).
+        progress: show a progress bar.
+
+    Returns:
+        A dict for each epoch: `loss`, the mean objective over the epoch; `elbo`, `log_px_z` and `kl`, measured after
+        it with one draw for each datum, in eval mode, on the training data (10,000 of them at most); `val_elbo`,
+        `val_log_px_z`, `val_kl`; `seconds`. Nats, per datum, and the true ELBO, whatever was optimised.
+
+    Raises:
+        ValueError: for bad data or settings, data outside the support of the likelihood, latents of model and guide
+            that do not fit, a program without parameters, a checkpoint of another run.
+        FileExistsError, FileNotFoundError: where `run_dir` is there and should not be, or the other way round.
+        FloatingPointError: where the loss is not finite, naming the site; the last good checkpoint stays.
+
+    Example:
+        >>> from pyrovae import LinearGaussian, fit
+        >>> program, x = LinearGaussian(5, 2), torch.randn(64, 5)
+        >>> history = fit(program, x, epochs=2, progress=False)
+        >>> sorted(history[-1])
+        ['elbo', 'epoch', 'kl', 'log_px_z', 'loss', 'seconds']
+    """
+    check_arguments(program)
+    _check_positive(epochs=epochs, batch_size=batch_size, lr=lr, patience=patience, grad_clip=grad_clip)
+    for name, value, known in (("device", device, DEVICES), ("precision", precision, PRECISIONS)):
+        if value not in known:
+            raise ValueError(f"Expected {name} to be one of {', '.join(known)}; got {value!r}")
+    if patience is not None and val is None:
+        raise ValueError("Expected val with patience: early stopping goes by the ELBO on validation data; got None")
+    if resume and run_dir is None:
+        raise ValueError("Expected run_dir with resume=True; got None")
+    elbo, optimizer = elbo or Trace_ELBO(), optimizer or partial(torch.optim.Adam, fused=True)
+    train, val = as_data(train, "train"), None if val is None else as_data(val, "val")
+    settings = {
+        "elbo": type(elbo).__name__,
+        "batch_size": batch_size,
+        "lr": lr,
+        "optimizer": _name(optimizer),
+        "grad_clip": grad_clip,
+        "seed": seed,
+        "precision": precision,
+        "num_train": count(train),
+        "num_val": None if val is None else count(val),
+    }
+    folder = None if run_dir is None else Path(run_dir)
+    saved = None if folder is None else checkpoint.open_run(folder, resume)
+    with ExitStack() as stack:
+        if seed is not None:
+            stack.enter_context(torch.random.fork_rng())
+            torch.manual_seed(seed)
+        stack.enter_context(pyro.validation_enabled(False))
+        run = _Run(program, train, val, elbo, partial(optimizer, lr=lr), settings, folder, device)
+        stack.enter_context(program.scope())
+        if saved is not None:
+            run.resume(saved)
+        run.to_the_end(epochs, patience, progress)
+    return run.history
+
+
+def _check_positive(**values: float | None) -> None:
+    for name, value in values.items():
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"Expected {name} to be positive; got {value}")
+
+
+def _name(optimizer: Callable[..., Any]) -> str:
+    if isinstance(optimizer, partial):
+        options = ", ".join(f"{key}={value}" for key, value in sorted(optimizer.keywords.items()))
+        return f"{_name(optimizer.func)}({options})"
+    return getattr(optimizer, "__name__", type(optimizer).__name__)
+
+
+class _Loss(nn.Module):
+    """Pyro's ELBO in its module form, with the program's parameters for Fabric to see."""
+
+    def __init__(self, program: LatentModel, elbo: ELBO):
+        super().__init__()
+        self.program = program
+        self.elbo = elbo(program.model, program.guide)
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.elbo(**batch)
+
+
+class _Run:
+    """A training run: what a checkpoint holds, and the steps that change it."""
+
+    def __init__(
+        self,
+        program: LatentModel,
+        train: Any,
+        val: Any,
+        elbo: ELBO,
+        optimizer: Callable[..., torch.optim.Optimizer],
+        settings: dict[str, Any],
+        folder: Path | None,
+        device: str,
+    ):
+        from lightning_fabric import Fabric
+
+        self.fabric = Fabric(accelerator=device, devices=1, precision=settings["precision"])
+        self.program = program.to(self.fabric.device)
+        self.settings, self.folder = settings, folder
+        self.train, self.val = (data.to(self.fabric.device) if isinstance(data, Data) else data for data in (train, val))
+        self.survey = self._first_look()
+        parameters = [parameter for parameter in program.parameters() if parameter.requires_grad]
+        if not parameters:
+            raise ValueError(f"Expected a program with parameters to train; got none in {type(program).__name__}")
+        self.loss, self.optimizer = self.fabric.setup(_Loss(program, elbo), optimizer(parameters))
+        with torch.random.fork_rng():  # the order of the data has a generator of its own
+            self.generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+        self.history: History = []
+        self.best_epoch, self.best = 0, {}
+
+    def _first_look(self) -> Survey:
+        """Run the program once, so that it makes all its parameters; look the data through that are in memory."""
+        with torch.random.fork_rng():
+            first = next(self._stream(self.train, "train"), None)
+        if first is None:
+            raise ValueError("Expected train to hold at least one datum; got an empty DataLoader")
+        survey = Survey.of(self.program, first)
+        for name, data in (("train", self.train), ("val", self.val)):
+            if isinstance(data, Data) and not data.dynamic:
+                survey.check_support(data.tensors, name)
+        return survey
+
+    def _stream(self, data: Any, name: str, batch_size: int | None = None, **options: Any) -> Iterator[Batch]:
+        return stream(data, batch_size or self.settings["batch_size"], device=self.fabric.device, name=name, **options)
+
+    def to_the_end(self, epochs: int, patience: int | None, progress: bool) -> None:
+        """Train up to the last epoch, or until validation has not improved for `patience` epochs."""
+        if self.folder is not None and not self.history:
+            self._write_config()
+            self._write_checkpoint()
+        bar = tqdm(total=epochs * (self._steps() or 0) or None, unit=" steps", disable=not progress)
+        bar.update(len(self.history) * (self._steps() or 0))
+        modes = [(module, module.training) for module in self.program.modules()]
+        try:
+            with bar, warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Encountered (NaN|inf)")  # reported below, with the site
+                while len(self.history) < epochs and not self._stale(patience):
+                    bar.set_description(f"epoch {len(self.history) + 1}/{epochs}")
+                    self._epoch(bar)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            if self.best:
+                self.program.load_state_dict(self.best)
+
+    def _steps(self) -> int | None:
+        """Steps in an epoch, where they are known."""
+        if isinstance(self.train, Data):
+            return math.ceil(len(self.train) / self.settings["batch_size"])
+        return None if isinstance(self.train.dataset, IterableDataset) else len(self.train)
+
+    def _stale(self, patience: int | None) -> bool:
+        return patience is not None and len(self.history) - self.best_epoch >= patience
+
+    def _epoch(self, bar: tqdm) -> None:
+        self.program.train()
+        start, total, seen = time.perf_counter(), 0.0, 0
+        shuffled = {"shuffle": self.generator} if isinstance(self.train, Data) else {}
+        for batch in self._stream(self.train, "train", **shuffled):
+            total += self._step(batch)
+            seen += len(next(iter(batch.values())))
+            bar.update()
+        seconds = time.perf_counter() - start
+        self._check_parameters()
+        row = {"epoch": len(self.history) + 1, "seconds": seconds, "loss": total / seen, **self._measure("train")}
+        if self.val is not None:
+            row |= {f"val_{name}": value for name, value in self._measure("val").items()}
+        self.history.append(row)
+        better = self.val is not None and self._is_best(row)
+        if better:
+            self.best_epoch = len(self.history)
+            self.best = {name: value.clone() for name, value in self.program.state_dict().items()}
+        shown = [f"ELBO {row['elbo']:.2f}"]
+        if self.val is not None:
+            shown += [f"val {row['val_elbo']:.2f}", f"best {self.history[self.best_epoch - 1]['val_elbo']:.2f}"]
+        bar.set_postfix_str(", ".join(shown))
+        if self.folder is not None:
+            if better or self.val is None:
+                checkpoint.save(self.program, self.folder / checkpoint.WEIGHTS)
+            checkpoint.write_metrics(self.folder, self.history)
+            self._write_checkpoint()
+
+    def _is_best(self, row: dict[str, float]) -> bool:
+        return self.best_epoch == 0 or row["val_elbo"] > self.history[self.best_epoch - 1]["val_elbo"]
+
+    def _step(self, batch: Batch) -> float:
+        if not isinstance(self.train, Data) or self.train.dynamic:
+            self.survey.check_support(batch, "train")
+        noise = torch.get_rng_state()
+        self.optimizer.zero_grad()
+        loss = self.loss(batch)
+        value = loss.item()
+        if not math.isfinite(value):
+            torch.set_rng_state(noise)
+            with torch.no_grad():
+                bad = draw(self.program, batch, 1, self.survey).first_bad() or "no site, when run again"
+            raise FloatingPointError(self._complaint(f"a loss of {value}", bad))
+        self.fabric.backward(loss)
+        if self.settings["grad_clip"] is not None:
+            self.fabric.clip_gradients(self.loss, self.optimizer, max_norm=self.settings["grad_clip"])
+        self.optimizer.step()
+        return value
+
+    def _check_parameters(self) -> None:
+        bad = [name for name, p in self.program.named_parameters() if not bool(torch.isfinite(p).all())]
+        if bad:
+            raise FloatingPointError(self._complaint("parameters that are not", ", ".join(bad[:5])))
+
+    def _complaint(self, got: str, where: str) -> str:
+        kept = "" if self.folder is None else f". The last good checkpoint is in {self.folder}"
+        return f"Expected a finite loss; got {got} in epoch {len(self.history) + 1}: {where}{kept}"
+
+    def _measure(self, name: str) -> dict[str, float]:
+        """ELBO, log p(x | z) and KL with one draw for each datum."""
+        data = self.val if name == "val" else self.train
+        sums, seen = torch.zeros(3, dtype=torch.float64), 0
+        rows = max(1, NUMBERS_AT_ONCE // self.survey.width)
+        with self.program.inference(MEASURING_SEED):
+            if name == "train" and isinstance(data, Data) and len(data) > MEASURED:
+                data = data.rows(torch.randperm(len(data))[:MEASURED].to(self.fabric.device))
+            for batch in self._stream(data, name, rows):
+                self.survey.check_support(batch, name)
+                drawn = draw(self.program, batch, 1, self.survey)
+                terms = drawn.log_weights, drawn.log_px_z, drawn.kl
+                sums += torch.stack([term.double().sum().cpu() for term in terms])
+                seen += drawn.log_weights.shape[1]
+                if name == "train" and seen >= MEASURED:
+                    break
+        return dict(zip(("elbo", "log_px_z", "kl"), (sums / seen).tolist(), strict=True))
+
+    def _write_config(self) -> None:
+        assert self.folder is not None
+        path = self.folder / checkpoint.CONFIG
+        config = checkpoint.read_json(path) if path.exists() else {}
+        program = checkpoint.describe(self.program) or type(self.program).__name__
+        versions = {"pyrovae": checkpoint.version("pyrovae"), "torch": torch.__version__, "pyro-ppl": pyro.__version__}
+        checkpoint.write_json(path, {**config, "program": program, "fit": self.settings, "versions": versions})
+
+    def _write_checkpoint(self) -> None:
+        assert self.folder is not None
+        content = {
+            "settings": self.settings,
+            "history": self.history,
+            "program": self.program.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "best": self.best,
+            "best_epoch": self.best_epoch,
+            "generator": self.generator.get_state(),
+        }
+        checkpoint.write_checkpoint(self.folder, content)
+
+    def resume(self, saved: dict[str, Any]) -> None:
+        """Go back to where a checkpoint was written.
+
+        Raises:
+            ValueError: where the checkpoint is that of a run with other settings or of another program.
+        """
+        for name, value in self.settings.items():
+            if saved["settings"][name] != value:
+                raise ValueError(f"Expected {name}={saved['settings'][name]}, as the run to resume has; got {value}")
+        checkpoint.fill(self.program, saved["program"], f"{self.folder}/{checkpoint.CHECKPOINT}")
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.history, self.best_epoch = saved["history"], saved["best_epoch"]
+        self.best = {name: value.to(self.fabric.device) for name, value in saved["best"].items()}
+        self.generator.set_state(saved["generator"])
+        checkpoint.restore_random_state(saved["random"])

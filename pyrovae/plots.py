@@ -1,0 +1,177 @@
+"""Pictures, each returned as a matplotlib figure: `figure.savefig(path)` keeps it, a notebook shows it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pyrovae.data import as_batch
+from pyrovae.evaluate import Comparison
+from pyrovae.program import LatentModel
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLORS = ("#1f5fa8", "#d1702c", "#3d8b57", "#8a4f9e")
+
+
+def samples(program: LatentModel, n: int = 64, shape: Sequence[int] | None = None, *, like: Any = None) -> Figure:
+    """E[x | z] of n draws z ~ p(z), as a grid of images.
+
+    Args:
+        program: a `LatentModel`.
+        n: how many.
+        shape: (channels, height, width) of an image; None draws each datum as a row of a matrix.
+        like: as for `LatentModel.sample`.
+    """
+    x = program.sample(n, mean=True, like=like)
+    columns = math.ceil(math.sqrt(n))
+    figure, axes = _figure(4, 4)
+    _show(axes, _grid(x, shape, columns) if _is_image(shape) else x)
+    axes.set_title(f"{n} samples from {type(program).__name__}")
+    return figure
+
+
+def reconstructions(program: LatentModel, x: Any, shape: Sequence[int] | None = None, *, n: int = 10) -> Figure:
+    """The first n data above, E[x | z] at their posterior means below.
+
+    Args:
+        program: a `LatentModel`.
+        x: data `(N, D)`, or a batch.
+        shape: (channels, height, width) of an image; None draws each datum as a row of a matrix.
+        n: how many.
+    """
+    batch = {key: value[:n] for key, value in as_batch(x, "x").items()}
+    originals, means = next(iter(batch.values())), program.reconstruct(batch)
+    if not _is_image(shape):
+        figure, both = _figure(7, 3, columns=2)
+        for axes, values, title in zip(both, (originals, means), ("data", "reconstructions"), strict=True):
+            _show(axes, values)
+            axes.set_title(title)
+        return figure
+    figure, axes = _figure(8, 8 * 2 / len(originals) + 0.4)
+    _show(axes, _grid(torch.cat([originals, means.to(originals)]), shape, len(originals)))
+    axes.set_title("data (above) and reconstructions (below)")
+    return figure
+
+
+def latent_space(program: LatentModel, x: Any, y: Tensor | None = None, *, site: str | None = None) -> Figure:
+    """Posterior means of the data in the plane: as they are for two latents, else their two principal components.
+
+    Args:
+        program: a `LatentModel`.
+        x: data `(N, D)`, or a batch.
+        y: labels `(N,)`, shown as colours.
+        site: the latent, where the program has several.
+    """
+    means = program.encode(x, site).double().cpu()
+    names = ("z[0]", "z[1]")
+    if means.shape[1] == 1:
+        means = torch.cat([means, torch.zeros_like(means)], 1)
+    elif means.shape[1] > 2:
+        from sklearn.decomposition import PCA
+
+        pca = PCA(2).fit(means.numpy())
+        means = torch.from_numpy(pca.transform(means.numpy()))
+        names = tuple(f"component {i + 1} ({share:.0%})" for i, share in enumerate(pca.explained_variance_ratio_))
+    figure, axes = _figure(5, 4.5)
+    dots = axes.scatter(*means.T, s=6, c=COLORS[0] if y is None else y.cpu(), cmap=None if y is None else "tab10")
+    if y is not None:
+        axes.legend(*dots.legend_elements(num=None), title="label", loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.set(xlabel=names[0], ylabel=names[1], title="posterior means of the data")
+    axes.set_aspect("equal", "datalim")
+    return figure
+
+
+def learning_curves(history: list[dict[str, float]]) -> Figure:
+    """ELBO, log p(x | z) and KL after each epoch, on training and validation data.
+
+    Args:
+        history: as `fit` returns it.
+
+    Raises:
+        ValueError: for an empty history.
+    """
+    if not history:
+        raise ValueError("Expected a history of at least one epoch; got an empty one")
+    epochs = [row["epoch"] for row in history]
+    figure, panels = _figure(9, 3, columns=3)
+    titles = {"elbo": "ELBO", "log_px_z": "log p(x | z)", "kl": "KL(q(z | x) || p(z))"}
+    for axes, (name, title) in zip(panels, titles.items(), strict=True):
+        axes.plot(epochs, [row[name] for row in history], color=COLORS[0], label="training")
+        if f"val_{name}" in history[0]:
+            axes.plot(epochs, [row[f"val_{name}"] for row in history], color=COLORS[1], label="validation")
+        axes.set(title=title, xlabel="epoch")
+    panels[0].set_ylabel("nats per datum")
+    if "val_elbo" in history[0]:
+        best = max(history, key=lambda row: row["val_elbo"])
+        panels[0].plot(best["epoch"], best["val_elbo"], "o", color=COLORS[1], label="best")
+    panels[0].legend(loc="lower right")
+    return figure
+
+
+def bounds(comparison: Comparison) -> Figure:
+    """The ladder of bounds: rising with the number of particles towards log p(x), beside both ELBOs.
+
+    Args:
+        comparison: as `compare` returns it.
+    """
+    figure, axes = _figure(5.5, 4)
+    ladder = [bound for bound in comparison.bounds if bound.num_particles is not None]
+    axes.plot(
+        [bound.num_particles for bound in ladder],
+        [bound.value for bound in ladder],
+        "o-",
+        color=COLORS[0],
+        label="importance-sampled bound",
+    )
+    styles = zip(("--", ":", "-"), COLORS[1:], strict=True)
+    for bound, (style, color) in zip([b for b in comparison.bounds if b.num_particles is None], styles, strict=False):
+        axes.axhline(bound.value, linestyle=style, color=color, label=bound.name)
+    axes.set_xscale("log")
+    axes.set(xlabel="particles K", ylabel="nats per datum", title="bounds on log p(x)")
+    axes.legend(loc="best")
+    return figure
+
+
+def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]:
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, columns, figsize=(width, height), dpi=100, layout="constrained")
+    pyplot.close(figure)  # it lives on as a value, not in pyplot's list of open figures
+    return figure, axes
+
+
+def _is_image(shape: Sequence[int] | None) -> bool:
+    return shape is not None and len(shape) == 3
+
+
+def _grid(x: Tensor, shape: Sequence[int] | None, columns: int) -> Tensor:
+    """Images `(N, C * H * W)` side by side, `(rows * (H + 1) + 1, columns * (W + 1) + 1, C)`, with grey lines between."""
+    assert shape is not None
+    channels, height, width = shape
+    if x.shape[-1] != math.prod(shape):
+        raise ValueError(f"Expected shape to hold {x.shape[-1]} values; got {tuple(shape)}")
+    rows = math.ceil(len(x) / columns)
+    grid = torch.full((rows * (height + 1) + 1, columns * (width + 1) + 1, channels), 0.5)
+    for i, image in enumerate(x.detach().cpu().float().reshape(-1, *shape)):
+        top, left = i // columns * (height + 1) + 1, i % columns * (width + 1) + 1
+        grid[top : top + height, left : left + width] = image.movedim(0, -1)
+    return grid
+
+
+def _show(axes: Axes, values: Tensor) -> None:
+    values = values.detach().cpu().float()
+    inside = bool((values >= 0).all() and (values <= 1).all())
+    limits = {"vmin": 0, "vmax": 1} if inside else {}
+    if values.dim() == 3 and values.shape[-1] == 1:
+        values = values.squeeze(-1)
+    elif values.dim() == 3:
+        values = values.clamp(0, 1)
+    axes.imshow(values.numpy(), cmap="gray", aspect="equal" if values.dim() == 3 or limits else "auto", **limits)
+    axes.set_axis_off()
