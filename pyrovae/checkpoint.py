@@ -3,6 +3,7 @@
 import csv
 import inspect
 import json
+import math
 import os
 import pickle
 import random
@@ -202,8 +203,16 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON in the way of `write_whole`."""
-    write_whole(path, lambda file: file.write_text(json.dumps(content, indent=2) + "\n"))
+    """Write JSON in the way of `write_whole`; what is not finite, and so no JSON, becomes null."""
+    write_whole(path, lambda file: file.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n"))
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def read_json(path: Path) -> Any:

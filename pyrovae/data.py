@@ -40,6 +40,7 @@ IDX_SOURCES: dict[str, tuple[str, dict[str, str]]] = {
         },
     ),
 }
+LABELLED = ("digits", *IDX_SOURCES)
 NAMES = ("digits", *IDX_SOURCES, "binarized-mnist", "frey-faces")
 
 

@@ -1,0 +1,280 @@
+"""The command line: pyrovae train | evaluate | compare | sample."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from pyrovae import checkpoint, conditionals, models, plots
+from pyrovae import data as data_sets
+from pyrovae.evaluate import compare, evaluate
+from pyrovae.fit import fit
+from pyrovae.program import LatentModel
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+LIKELIHOODS = {
+    "bernoulli": conditionals.Bernoulli,
+    "unit-normal": conditionals.UnitNormal,
+    "normal": conditionals.DiagonalNormal,
+}
+POSTERIORS = {"diagonal": conditionals.DiagonalNormal, "full": conditionals.FullNormal}
+MAY_CHANGE = ("epochs", "patience", "device", "num_particles", "resume", "out")  # of a run that is resumed
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a variational autoencoder, then draw its pictures and measure its log-likelihood on the test data."""
+
+    data: str = "digits"
+    """digits, mnist, fashion-mnist, binarized-mnist, frey-faces, or a .npy or .npz file."""
+    binarize: Literal["auto", "none", "dynamic", "static", "threshold"] = "auto"
+    """How grey values become binary; auto: dynamic for a bernoulli likelihood, unless the data are binary already."""
+    posterior: Literal["diagonal", "full"] = "diagonal"
+    """Covariance of q(z | x)."""
+    likelihood: Literal["bernoulli", "unit-normal", "normal"] = "bernoulli"
+    """Family of p(x | z)."""
+    z_dim: int = 20
+    """Number of latents."""
+    hidden: tuple[int, ...] = (200, 200)
+    """Units of the hidden layers, from x to z; the decoder has them in reverse."""
+    epochs: int = 300
+    """Passes over the training data."""
+    batch_size: int = 100
+    """Data in a minibatch."""
+    lr: float = 1e-3
+    """Learning rate of Adam."""
+    patience: int | None = 50
+    """Stop after so many epochs without a better ELBO on the validation data."""
+    grad_clip: float | None = None
+    """Largest norm of a minibatch's gradient."""
+    seed: int = 0
+    """Of initial weights, binarization, minibatches and noise."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to train."""
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    """bf16-mixed: networks in bfloat16."""
+    num_particles: int = 5000
+    """K of the importance-sampled log-likelihood at the end."""
+    out: Path | None = None
+    """Folder for everything that is written; by default runs/<data>-<date and time>."""
+    resume: bool = False
+    """Go on with the run in --out, with its own settings; --epochs may be raised."""
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Importance-sampled log-likelihood of a run's test data; writes evaluation.json."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder."""
+    num_particles: int = 5000
+    """K."""
+    part: Literal["train", "val", "test"] = "test"
+    """Which part of the data."""
+    seed: int = 0
+    """Of the draws."""
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Reference ELBO, Trace_ELBO and importance-sampled bounds side by side; writes bounds.png."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder."""
+    num_particles: tuple[int, ...] = (1, 10, 100, 1000, 5000)
+    """Every K."""
+    num_data: int = 1000
+    """At most so many data, evenly spread over the part."""
+    part: Literal["train", "val", "test"] = "test"
+    """Which part of the data."""
+    seed: int = 0
+    """Of the draws."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Draw from a trained program; writes samples.png and, on request, the values."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder."""
+    n: int = 64
+    """How many."""
+    seed: int = 0
+    """Of the draws."""
+    npy: Path | None = None
+    """Also write n draws of x, (n, D), to this .npy file."""
+
+
+def main() -> None:
+    """Entry point of the command `pyrovae`."""
+    actions = {Train: _train, Evaluate: _evaluate, Compare: _compare, Sample: _sample}
+    try:
+        command = _parse(sys.argv[1:])
+        actions[type(command)](command)
+    except (ValueError, FloatingPointError, OSError) as error:
+        print(f"pyrovae: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\npyrovae: interrupted; a run goes on by: pyrovae train --out FOLDER --resume", file=sys.stderr)
+        sys.exit(130)
+
+
+def _parse(arguments: list[str]) -> Any:
+    command = tyro.extras.subcommand_cli_from_dict(
+        {"train": Train, "evaluate": Evaluate, "compare": Compare, "sample": Sample},
+        prog="pyrovae",
+        description="Deep latent-variable models as Pyro programs. `pyrovae train` alone trains on digits.",
+        args=arguments,
+    )
+    if not isinstance(command, Train) or not command.resume:
+        return command
+    if command.out is None:
+        raise ValueError("Expected --out FOLDER with --resume; got none")
+    stored = replace(_stored(command.out), out=command.out, resume=True)
+    command = tyro.cli(Train, prog="pyrovae train", args=arguments[1:], default=stored)
+    for name, value in asdict(stored).items():
+        if name not in MAY_CHANGE and getattr(command, name) != value:
+            raise ValueError(f"Expected {name} to be {value}, as in the run to resume; got {getattr(command, name)}")
+    return command
+
+
+def _stored(run: Path) -> Train:
+    """The command that made a run."""
+    if not (run / checkpoint.CONFIG).exists():
+        raise FileNotFoundError(f"Expected a run folder; got {run}, which has no {checkpoint.CONFIG}")
+    config = checkpoint.read_json(run / checkpoint.CONFIG)
+    try:
+        stored = config["command"]
+        return Train(**{**stored, "hidden": tuple(stored["hidden"])})
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"Expected a run made by `pyrovae train`; got {run}, without its command ({error})") from error
+
+
+def _train(command: Train) -> None:
+    """`pyrovae train`."""
+    import torch
+
+    splits = _splits(command)
+    _check_sizes(command)
+    folder = command.out or Path("runs") / f"{Path(command.data).stem}-{datetime.now():%Y%m%d-%H%M%S}"
+    checkpoint.open_run(folder, command.resume)
+    config = checkpoint.read_json(folder / checkpoint.CONFIG) if command.resume else {}
+    checkpoint.write_json(folder / checkpoint.CONFIG, {**config, "command": asdict(command) | {"out": None, "resume": False}})
+    torch.manual_seed(command.seed)
+    program = models.VAE.mlp(
+        splits.train["x"].shape[1],
+        command.z_dim,
+        command.hidden,
+        likelihood=LIKELIHOODS[command.likelihood],
+        posterior=POSTERIORS[command.posterior],
+    )
+    print(
+        f"{command.data}: {len(splits.train)} training, {len(splits.val)} validation, {len(splits.test)} test data of "
+        f"{splits.train['x'].shape[1]} values, binarization {splits.binarize}\n"
+        f"VAE with {sum(p.numel() for p in program.parameters()):,} parameters, {command.posterior} posterior, "
+        f"{command.likelihood} likelihood; writing to {folder}"
+    )
+    history = fit(
+        program,
+        splits.train.select("x"),
+        splits.val.select("x"),
+        epochs=command.epochs,
+        batch_size=command.batch_size,
+        lr=command.lr,
+        patience=command.patience,
+        grad_clip=command.grad_clip,
+        seed=command.seed,
+        run_dir=folder,
+        resume=command.resume,
+        device=command.device,
+        precision=command.precision,
+    )
+    best = max(history, key=lambda row: row["val_elbo"])
+    seconds = sum(row["seconds"] for row in history)
+    print(f"best epoch {best['epoch']} of {len(history)}, validation ELBO {best['val_elbo']:.3f}, {seconds:.0f} s\n")
+    pictures = {
+        "learning_curves": plots.learning_curves(history),
+        "samples": plots.samples(program, 64, splits.shape),
+        "reconstructions": plots.reconstructions(program, splits.test["x"][_spread(len(splits.test), 10)], splits.shape),
+        "latent_space": plots.latent_space(program, splits.test["x"], splits.test.tensors.get("y")),
+    }
+    for name, figure in pictures.items():
+        _draw(figure, folder / f"{name}.png")
+    _evaluate(Evaluate(folder, command.num_particles), program)
+    ladder = tuple(k for k in Compare.num_particles if k < command.num_particles)
+    _compare(Compare(folder, (*ladder, command.num_particles)), program)
+
+
+def _evaluate(command: Evaluate, program: LatentModel | None = None) -> None:
+    """`pyrovae evaluate`."""
+    program, splits = _open(command.run, program)
+    data = getattr(splits, command.part).select("x")
+    result = evaluate(program, data, command.num_particles, seed=command.seed)
+    per_datum = {name: getattr(result, name).tolist() for name in ("log_px", "elbo", "standard_error", "ess", "k_hat")}
+    content = {"part": command.part, "seed": command.seed, **result.summary(), "per_datum": per_datum}
+    checkpoint.write_json(command.run / "evaluation.json", content)
+    print(f"{result}\nwritten to {command.run / 'evaluation.json'}\n")
+
+
+def _compare(command: Compare, program: LatentModel | None = None) -> None:
+    """`pyrovae compare`."""
+    program, splits = _open(command.run, program)
+    data = getattr(splits, command.part).select("x")
+    data = data.rows(_spread(len(data), command.num_data))
+    comparison = compare(program, data, command.num_particles, seed=command.seed)
+    print(comparison)
+    _draw(plots.bounds(comparison), command.run / "bounds.png")
+
+
+def _sample(command: Sample) -> None:
+    """`pyrovae sample`."""
+    import numpy as np
+    import torch
+
+    program, splits = _open(command.run)
+    torch.manual_seed(command.seed)
+    _draw(plots.samples(program, command.n, splits.shape), command.run / "samples.png")
+    if command.npy is not None:
+        values = program.sample(command.n).numpy()
+        checkpoint.write_whole(command.npy, lambda file: np.save(file.open("wb"), values))
+        print(f"written to {command.npy}")
+
+
+def _splits(command: Train) -> data_sets.Splits:
+    binarize = command.binarize
+    if binarize == "auto":
+        grey = command.likelihood == "bernoulli" and command.data != "binarized-mnist"
+        binarize = "dynamic" if grey else "none"
+    return data_sets.load(command.data, binarize, labels=command.data in data_sets.LABELLED, seed=command.seed)
+
+
+def _check_sizes(command: Train) -> None:
+    for name, sizes in {"z-dim": (command.z_dim,), "hidden": command.hidden, "num-particles": (command.num_particles,)}.items():
+        if min(sizes, default=1) < 1:
+            raise ValueError(f"Expected --{name} to be positive; got {min(sizes)}")
+
+
+def _open(run: Path, program: LatentModel | None = None) -> tuple[LatentModel, data_sets.Splits]:
+    splits = _splits(_stored(run))
+    return program or checkpoint.load(run), splits
+
+
+def _spread(length: int, n: int) -> slice:
+    """At most n indices, evenly spread: a set may be sorted by label."""
+    return slice(0, length, max(1, -(-length // n)))
+
+
+def _draw(figure: Figure, path: Path) -> None:
+    checkpoint.write_whole(path, lambda file: figure.savefig(file, format="png"))
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()
