@@ -48,7 +48,8 @@ def save(program: LatentModel, path: str | Path) -> None:
     """
     check_arguments(program)
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in program.state_dict().items()}
-    metadata = {"pyrovae": version("pyrovae"), "program": type(program).__name__, "config": json.dumps(describe(program))}
+    about = {"version": version("pyrovae"), "program": type(program).__name__, "config": describe(program)}
+    metadata = {"pyrovae": json.dumps(about)}  # one entry: safetensors does not keep the order of several
     write_whole(Path(path), lambda file: file.write_bytes(to_bytes(tensors, metadata)))
 
 
@@ -115,18 +116,17 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _build_program(path: Path, metadata: Mapping[str, str]) -> LatentModel:
-    if "config" not in metadata:
+    if "pyrovae" not in metadata:
         raise ValueError(f"Expected a file written by pyrovae, or program=...; got {path}, which has no configuration")
     try:
-        config = json.loads(metadata["config"])
-        program = build(config) if config is not None else None
+        about = json.loads(metadata["pyrovae"])
+        program = None if about["config"] is None else build(about["config"])
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"Expected a configuration of pyrovae's own classes in {path}; got {error}") from error
     if not isinstance(program, LatentModel):
-        name = metadata.get("program", "unknown")
         raise ValueError(
-            f"Expected program=..., to be filled with the weights; got none, and {path} holds those of {name!r}, "
-            "which is not made of pyrovae's own classes alone"
+            f"Expected program=..., to be filled with the weights; got none, and {path} holds those of "
+            f"{about.get('program')!r}, which is not made of pyrovae's own classes alone"
         )
     return program
 

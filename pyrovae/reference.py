@@ -24,8 +24,7 @@ def log_standard_normal(z: Tensor) -> Tensor:
 
 def log_bernoulli(x: Tensor, logits: Tensor) -> Tensor:
     """log p(x | eta) = sum_i x_i l_i - log(1 + exp l_i), `(*)`."""
-    softplus = logits.clamp(min=0) + torch.log1p(torch.exp(-logits.abs()))
-    return (x * logits - softplus).sum(-1)
+    return (x * logits - torch.logaddexp(logits, torch.zeros_like(logits))).sum(-1)
 
 
 def log_unit_normal(x: Tensor, mu: Tensor) -> Tensor:

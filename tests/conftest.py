@@ -1,0 +1,35 @@
+import os
+from collections.abc import Iterator
+
+import pyro
+import pytest
+import torch
+
+torch.set_num_threads(1)  # the tests' tensors are small: threads only wait for each other
+
+
+@pytest.fixture(autouse=True)
+def _fresh_state() -> Iterator[None]:
+    """A known seed and an empty parameter store; whoever changes the default dtype has it put back."""
+    torch.manual_seed(0)
+    pyro.clear_param_store()
+    dtype = torch.get_default_dtype()
+    yield
+    torch.set_default_dtype(dtype)
+
+
+@pytest.fixture
+def float64() -> None:
+    torch.set_default_dtype(torch.float64)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What this machine cannot run, and slow tests unless they are asked for, are reported as deselected."""
+    absent = {
+        "data": not os.path.isdir(os.environ.get("PYROVAE_DATA", "")),
+        "gpu": not torch.cuda.is_available(),
+        "slow": not config.option.markexpr,
+    }
+    out = [item for item in items if any(absent[mark.name] for mark in item.iter_markers() if mark.name in absent)]
+    config.hook.pytest_deselected(items=out)
+    items[:] = [item for item in items if item not in out]
