@@ -193,7 +193,7 @@ class _Run:
             first = next(self._stream(self.train, "train"), None)
         if first is None:
             raise ValueError("Expected train to hold at least one datum; got an empty DataLoader")
-        survey = Survey.of(self.program, first)
+        survey = Survey.of(self.program, first, "train")
         for name, data in (("train", self.train), ("val", self.val)):
             if isinstance(data, Data) and not data.dynamic:
                 survey.check_support(data.tensors, name)

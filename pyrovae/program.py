@@ -66,7 +66,8 @@ class LatentModel(nn.Module):
             mean: E[x | z] in the place of x, which is what pictures usually show.
             like: a batch, needed only for a model that cannot be called without its data: shapes are taken
                 from it, and what it gives to observed sites is drawn anew.
-            given: arguments of `model` to be held fixed, each `(n, ...)`.
+            given: arguments of `model` to be held fixed, each `(n, ...)`; what comes before them in the graph is
+                drawn from its prior all the same.
 
         Returns:
             What `model` returns, `(n, D)`; with `like`, the value of its data site.
@@ -91,6 +92,8 @@ class LatentModel(nn.Module):
             else:
                 with pyro.plate(self.plate_name, n, dim=-1):
                     value = self.model(**given)
+                if value is not None and not mean:
+                    return value
                 sites = [site for site in reader.sites.values() if site["value"] is value]
         return _data_value(sites, mean)
 
@@ -239,7 +242,8 @@ class FunctionProgram(LatentModel):
     ):
         super().__init__()
         self.plate_name = plate
-        self._initial = params
+        # a copy: the store itself has other contents while a program runs
+        self._initial = None if params is None else {name: value.detach().clone() for name, value in params.items()}
         self.nets = nn.ModuleDict()
         for role, function in (("model", model), ("guide", guide)):
             for name, module in _modules_of(function):

@@ -1,6 +1,6 @@
 """The only reader of Pyro traces: log-probabilities for each site and datum, and importance weights (K, N)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro
@@ -131,8 +131,8 @@ class Survey:
 
     Attributes:
         nesting: number of dimensions that the program's own plates take.
-        vectorized: its networks broadcast over a plate of particles to the left of its own plates. If not, each
-            datum is repeated for each particle.
+        vectorized: particles in a plate to the left of its own plates have the log-weights that they have one by
+            one, so that its networks broadcast. If not, each datum is repeated for each particle.
         width: numbers for each datum in the widest tensor that a network or a site makes.
         dim: number of observed values in a datum.
         supports: for each tensor of the batch that a site observes as it is, that site and its support.
@@ -145,42 +145,43 @@ class Survey:
     supports: dict[str, tuple[str, Any]]
 
     @staticmethod
-    def of(program: LatentModel, batch: Batch) -> "Survey":
-        """Run the program in eval mode, from a copy of torch's random state, with Pyro's validation.
-
-        A program is called vectorized where particles run together and one by one have equal log-weights.
+    def of(program: LatentModel, batch: Batch, name: str = "data") -> "Survey":
+        """Run the program in eval mode on the first rows, from a copy of torch's random state.
 
         Raises:
-            ValueError: where latents of model and guide differ, a site lies outside the plate over the data, or
-                Pyro finds a value outside its support.
+            ValueError: where latents of model and guide differ, a site lies outside the plate over the data, data
+                lie outside the support of their site, or Pyro finds fault with the values or parameters of a site.
             FloatingPointError: where a log-weight is NaN.
         """
-        rows = {key: value[:2] for key, value in batch.items()}
-        n = len(next(iter(rows.values())))
+        two, three = ({key: value[:n] for key, value in batch.items()} for n in (2, 3))
+        n = len(next(iter(two.values())))
         with torch.random.fork_rng(), program.inference():
             with pyro.validation_enabled(False), _Widest() as widest:
-                traces = _run(program, rows)
+                traces = _run(program, two)
                 nesting = _nesting(traces)
                 drawn = _read(program, traces, 1, n, nesting)
+            observed = [drawn.model_sites[site] for site in drawn.observed]
+            sizes = [site["value"].numel() for site in (*drawn.guide_sites.values(), *drawn.model_sites.values())]
+            survey = Survey(
+                nesting,
+                vectorized=False,
+                width=max(widest.numel, *sizes) // n,
+                dim=sum(site["value"].numel() for site in observed) // n,
+                supports={
+                    key: (site["name"], site["fn"].support)
+                    for key, value in two.items()
+                    for site in observed
+                    if site["value"].data_ptr() == value.data_ptr() and site["value"].shape == value.shape
+                },
+            )
+            survey.check_support(two, name)
             if bool(torch.isnan(drawn.log_weights).any()):
                 raise FloatingPointError(f"Expected finite log-weights; got NaN: {drawn.first_bad()}")
             with pyro.validation_enabled(True):
-                _read(program, _run(program, rows), 1, n, nesting)
-                vectorized = _broadcasts(program, rows, nesting)
-        observed = [drawn.model_sites[name] for name in drawn.observed]
-        sizes = [site["value"].numel() for site in (*drawn.guide_sites.values(), *drawn.model_sites.values())]
-        return Survey(
-            nesting,
-            vectorized,
-            width=max(widest.numel, *sizes) // n,
-            dim=sum(site["value"].numel() for site in observed) // n,
-            supports={
-                key: (site["name"], site["fn"].support)
-                for key, value in rows.items()
-                for site in observed
-                if site["value"].data_ptr() == value.data_ptr() and site["value"].shape == value.shape
-            },
-        )
+                _read(program, _run(program, two), 1, n, nesting)
+                # at two lengths, lest a network take data for features where there are as many of them
+                vectorized = all(_broadcasts(program, rows, nesting) for rows in (two, three))
+        return replace(survey, vectorized=vectorized)
 
     def check_support(self, batch: Batch, name: str) -> None:
         """Raises ValueError where data lie outside the support of the site that observes them."""
