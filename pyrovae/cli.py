@@ -243,7 +243,12 @@ def _sample(command: Sample) -> None:
     _draw(plots.samples(program, command.n, splits.shape), command.run / "samples.png")
     if command.npy is not None:
         values = program.sample(command.n).numpy()
-        checkpoint.write_whole(command.npy, lambda file: np.save(file.open("wb"), values))
+
+        def write(path: Path) -> None:
+            with path.open("wb") as file:
+                np.save(file, values)
+
+        checkpoint.write_whole(command.npy, write)
         print(f"written to {command.npy}")
 
 

@@ -267,7 +267,11 @@ class _Run:
             self.survey.check_support(batch, "train")
         noise = torch.get_rng_state()
         self.optimizer.zero_grad()
-        loss = self.loss(batch)
+        try:
+            loss = self.loss(batch)
+        except (RuntimeError, ValueError) as error:
+            self._check_parameters(error)
+            raise
         value = loss.item()
         if not math.isfinite(value):
             torch.set_rng_state(noise)
@@ -280,10 +284,10 @@ class _Run:
         self.optimizer.step()
         return value
 
-    def _check_parameters(self) -> None:
+    def _check_parameters(self, cause: Exception | None = None) -> None:
         bad = [name for name, p in self.program.named_parameters() if not bool(torch.isfinite(p).all())]
         if bad:
-            raise FloatingPointError(self._complaint("parameters that are not", ", ".join(bad[:5])))
+            raise FloatingPointError(self._complaint("parameters that are not", ", ".join(bad[:5]))) from cause
 
     def _complaint(self, got: str, where: str) -> str:
         kept = "" if self.folder is None else f". The last good checkpoint is in {self.folder}"

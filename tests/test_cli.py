@@ -1,0 +1,135 @@
+"""The command line, run as a user runs it."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from pyrovae import evaluate, load
+from pyrovae.cli import main
+from pyrovae.data import load as load_data
+
+SMALL = ["--epochs", "2", "--hidden", "20", "--z-dim", "2", "--num-particles", "20"]
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["pyrovae", *map(str, arguments)])
+    main()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    with pytest.MonkeyPatch.context() as patch:
+        run(patch, "train", *SMALL, "--out", folder)
+    return folder
+
+
+def test_train_leaves_all_that_a_run_folder_holds(trained):
+    names = {path.name for path in trained.iterdir()}
+    pictures = {"learning_curves.png", "samples.png", "reconstructions.png", "latent_space.png", "bounds.png"}
+    assert names == pictures | {"config.json", "metrics.csv", "model.safetensors", "checkpoint.pt", "evaluation.json"}
+    assert all((trained / name).read_bytes()[:4] == b"\x89PNG" for name in pictures)
+    config = json.loads((trained / "config.json").read_text())
+    assert config["command"]["binarize"] == "auto"
+    assert config["fit"]["batch_size"] == 100
+    assert config["program"]["class"] == "VAE"
+    assert len((trained / "metrics.csv").read_text().splitlines()) == 3
+
+
+def test_the_written_evaluation_is_that_of_the_library(trained):
+    written = json.loads((trained / "evaluation.json").read_text())
+    test = load_data("digits", "dynamic").test
+    result = evaluate(load(trained), test, 20, seed=0, progress=False)
+    assert written["log_px"] == pytest.approx(result.summary()["log_px"], rel=1e-6)
+    assert written["per_datum"]["log_px"] == pytest.approx(result.log_px.tolist(), rel=1e-5)
+    assert written["per_datum"]["k_hat"][0] is None, "too few particles to tell"
+
+
+def test_evaluate_compare_and_sample(trained, monkeypatch, capsys, tmp_path):
+    run(monkeypatch, "evaluate", trained, "--num-particles", "30", "--part", "val")
+    assert "K = 30" in capsys.readouterr().out
+    assert json.loads((trained / "evaluation.json").read_text())["part"] == "val"
+    run(monkeypatch, "compare", trained, "--num-particles", "1", "20", "--num-data", "50")
+    out = capsys.readouterr().out
+    for line in ("reference ELBO", "Trace_ELBO", "bound, K = 1 ", "bound, K = 20", "differ by at most"):
+        assert line in out
+    run(monkeypatch, "sample", trained, "--n", "9", "--npy", tmp_path / "x.npy")
+    values = np.load(tmp_path / "x.npy")
+    assert values.shape == (9, 64)
+    assert set(np.unique(values)) == {0, 1}
+
+
+def test_resume_goes_on_with_the_runs_own_settings(trained, monkeypatch, tmp_path):
+    whole = tmp_path / "whole"
+    run(monkeypatch, "train", *SMALL, "--epochs", "4", "--out", whole)
+    half = tmp_path / "half"
+    run(monkeypatch, "train", *SMALL, "--out", half)
+    run(monkeypatch, "train", "--out", half, "--resume", "--epochs", "4")
+    assert (whole / "model.safetensors").read_bytes() == (half / "model.safetensors").read_bytes()
+    assert json.loads((half / "config.json").read_text())["command"]["epochs"] == 4
+
+
+@pytest.mark.parametrize("posterior", ["diagonal", "full"])
+@pytest.mark.parametrize("likelihood", ["bernoulli", "unit-normal", "normal"])
+def test_every_family_trains_on_ones_own_file(posterior, likelihood, monkeypatch, tmp_path, capsys):
+    rows = np.random.default_rng(0).random((50, 6)).astype(np.float32)
+    np.save(tmp_path / "own.npy", rows)
+    options = ["--posterior", posterior, "--likelihood", likelihood, "--data", tmp_path / "own.npy"]
+    run(monkeypatch, "train", *SMALL, *options, "--out", tmp_path / "run")
+    out = capsys.readouterr().out
+    assert ("binarization dynamic" in out) == (likelihood == "bernoulli")
+    program = load(tmp_path / "run")
+    assert type(program.posterior).__name__ == {"diagonal": "DiagonalNormal", "full": "FullNormal"}[posterior]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--data", "digts"], "Expected a data set.*got 'digts'; did you mean 'digits'"),
+        (["train", "--binarize", "none"], "Expected train.*support of site 'x'.*Binarize grey values"),
+        (["train", "--z-dim", "0"], "Expected --z-dim to be positive; got 0"),
+        (["train", "--hidden", "3", "-1"], "Expected --hidden to be positive; got -1"),
+        (["train", "--num-particles", "0"], "Expected --num-particles to be positive; got 0"),
+        (["train", "--lr", "-1"], "Expected lr to be positive; got -1.0"),
+        (["train", "--out", "RUN"], "Expected run_dir to be a new or empty folder"),
+        (["train", "--resume"], "Expected --out FOLDER with --resume; got none"),
+        (["train", "--resume", "--out", "nowhere"], "Expected a run folder; got nowhere, which has no config.json"),
+        (["train", "--resume", "--out", "RUN", "--lr", "0.5"], "Expected lr to be 0.001, as in the run to resume; got 0.5"),
+        (["evaluate", "nowhere"], "Expected a run folder; got nowhere"),
+        (["evaluate", "RUN", "--num-particles", "0"], "num_particles to be a whole number of at least 1; got 0"),
+        (["compare", "RUN", "--num-particles", "0"], "num_particles to be a whole number of at least 1; got 0"),
+        (["sample", "RUN", "--n", "0"], "Expected n to be at least 1; got 0"),
+        (["train", "--data", "binarized-mnist"], "Expected PYROVAE_DATA to name a folder; got '/nowhere'"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, message, trained, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYROVAE_DATA", "/nowhere")
+    held = (trained / "model.safetensors").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, *[trained if word == "RUN" else word for word in arguments])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("pyrovae: error: ")
+    assert re.search(message, error), error
+    assert (trained / "model.safetensors").read_bytes() == held
+
+
+@pytest.mark.parametrize("arguments", [["trian"], ["train", "--epoch", "3"], ["train", "--likelihood", "gauss"], []])
+def test_a_typo_is_explained(arguments, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, *arguments)
+    shown = "".join(capsys.readouterr())
+    assert stop.value.code in (0, 2)
+    assert any(word in shown for word in ("train, evaluate", "--epochs", "bernoulli", "usage"))
+
+
+def test_the_command_is_installed_and_seeds_nothing_outside():
+    out = subprocess.run([sys.executable, "-m", "pyrovae.cli", "--help"], capture_output=True, text=True, check=True)
+    assert all(verb in out.stdout for verb in ("train", "evaluate", "compare", "sample"))
+    assert torch.initial_seed() == 0
