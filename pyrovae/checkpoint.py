@@ -131,7 +131,7 @@ def _build_program(path: Path, metadata: Mapping[str, str]) -> LatentModel:
     return program
 
 
-# --- configuration -----------------------------------------------------------------------------------------------------
+# --- configuration ---------------------------------------------------------------------------------
 # Every class keeps each argument of its constructor under the argument's own name, so that it can be read back.
 
 
@@ -187,7 +187,7 @@ def build(config: Any) -> Any:
     return classes[config["class"]](**{name: build(value) for name, value in config["arguments"].items()})
 
 
-# --- run folders -------------------------------------------------------------------------------------------------------
+# --- run folders -----------------------------------------------------------------------------------
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
@@ -241,7 +241,8 @@ def open_run(folder: Path, resume: bool) -> dict[str, Any] | None:
         return read_checkpoint(folder / CHECKPOINT) if (folder / CHECKPOINT).exists() else None
     if folder.exists() and (not folder.is_dir() or any(path.name != CONFIG for path in folder.iterdir())):
         raise FileExistsError(
-            f"Expected run_dir to be a new or empty folder; got {folder}, which is not. To go on with a run: resume=True"
+            f"Expected run_dir to be a new or empty folder; got {folder}, which is not. "
+            "To go on with a run: resume=True"
         )
     folder.mkdir(parents=True, exist_ok=True)
     return None
@@ -270,7 +271,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _random_state() -> dict[str, Any]:
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002
+    name, keys, *rest = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -285,7 +286,7 @@ def restore_random_state(state: dict[str, Any]) -> None:
     if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
         torch.cuda.set_rng_state_all(state["cuda"])
     name, keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), int(position), int(has_gauss), gauss))  # noqa: NPY002
+    np.random.set_state((name, keys.numpy().astype(np.uint32), int(position), int(has_gauss), gauss))
     random.setstate(state["python"])
 
 

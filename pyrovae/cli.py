@@ -166,7 +166,9 @@ def _train(command: Train) -> None:
     folder = command.out or Path("runs") / f"{Path(command.data).stem}-{datetime.now():%Y%m%d-%H%M%S}"
     checkpoint.open_run(folder, command.resume)
     config = checkpoint.read_json(folder / checkpoint.CONFIG) if command.resume else {}
-    checkpoint.write_json(folder / checkpoint.CONFIG, {**config, "command": asdict(command) | {"out": None, "resume": False}})
+    checkpoint.write_json(
+        folder / checkpoint.CONFIG, {**config, "command": asdict(command) | {"out": None, "resume": False}}
+    )
     torch.manual_seed(command.seed)
     program = models.VAE.mlp(
         splits.train["x"].shape[1],
@@ -202,7 +204,9 @@ def _train(command: Train) -> None:
     pictures = {
         "learning_curves": plots.learning_curves(history),
         "samples": plots.samples(program, 64, splits.shape),
-        "reconstructions": plots.reconstructions(program, splits.test["x"][_spread(len(splits.test), 10)], splits.shape),
+        "reconstructions": plots.reconstructions(
+            program, splits.test["x"][_spread(len(splits.test), 10)], splits.shape
+        ),
         "latent_space": plots.latent_space(program, splits.test["x"], splits.test.tensors.get("y")),
     }
     for name, figure in pictures.items():
@@ -261,7 +265,11 @@ def _splits(command: Train) -> data_sets.Splits:
 
 
 def _check_sizes(command: Train) -> None:
-    for name, sizes in {"z-dim": (command.z_dim,), "hidden": command.hidden, "num-particles": (command.num_particles,)}.items():
+    for name, sizes in {
+        "z-dim": (command.z_dim,),
+        "hidden": command.hidden,
+        "num-particles": (command.num_particles,),
+    }.items():
         if min(sizes, default=1) < 1:
             raise ValueError(f"Expected --{name} to be positive; got {min(sizes)}")
 

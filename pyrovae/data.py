@@ -201,9 +201,7 @@ class Splits:
     test: Data
 
 
-def load(
-    name_or_path: str | Path, binarize: Binarize = "none", *, labels: bool = False, seed: int = 0
-) -> Splits:
+def load(name_or_path: str | Path, binarize: Binarize = "none", *, labels: bool = False, seed: int = 0) -> Splits:
     """Load a data set as float32 vectors `(N, D)`, bytes scaled to [0, 1].
 
     - `digits`: 1,797 handwritten digits of 8 x 8 pixels (UCI, through scikit-learn; embedded), cut 1437/180/180.
@@ -260,8 +258,8 @@ def _read(name: str, labels: bool) -> tuple[list[Batch], tuple[int, ...]]:
     if name == "digits":
         from sklearn.datasets import load_digits
 
-        digits = load_digits()
-        parts = _cut_at_random(np.float32(digits.images / 16), digits.target)
+        digits: Any = load_digits()
+        parts = _cut_at_random((digits.images / 16).astype(np.float32), digits.target)
     elif name in IDX_SOURCES:
         parts = _read_idx_set(name)
     elif name == "binarized-mnist":

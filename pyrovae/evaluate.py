@@ -7,7 +7,6 @@ from itertools import chain
 from typing import Any
 
 import pyro
-import pyro.poutine as poutine
 import torch
 from pyro.infer import Trace_ELBO
 from torch import Tensor
@@ -15,7 +14,7 @@ from tqdm import tqdm
 
 from pyrovae.data import Batch, Data, as_data, count, stream
 from pyrovae.program import LatentModel
-from pyrovae.traces import Draw, Survey, check_arguments, draw
+from pyrovae.traces import Draw, Survey, check_arguments, draw, replayed_guide
 from pyrovae.weights import WeightSums
 
 K_HAT_LIMIT = 0.7
@@ -175,7 +174,11 @@ class _Plan:
 
     @staticmethod
     def of(
-        program: LatentModel, data: Any, num_particles: int, batch_size: int | None = None, chunk_size: int | None = None
+        program: LatentModel,
+        data: Any,
+        num_particles: int,
+        batch_size: int | None = None,
+        chunk_size: int | None = None,
     ) -> "_Plan":
         for name, size in (("batch_size", batch_size), ("chunk_size", chunk_size)):
             if size is not None and size < 1:
@@ -346,8 +349,9 @@ def compare(
             for k in ks:
                 groups = log_w[: len(log_w) // k * k].reshape(-1, k, log_w.shape[1])
                 add(f"bound, K = {k}", (groups.logsumexp(1) - math.log(k)).mean(0))
-            if hasattr(program, "log_prob"):
-                add("exact log p(x)", program.log_prob(**part))
+            exact: Callable[..., Tensor] | None = getattr(program, "log_prob", None)
+            if exact is not None:
+                add("exact log p(x)", exact(**part))
     difference = None
     if "reference ELBO" in columns:
         pairs = zip(columns["reference ELBO"], columns["Trace_ELBO"], strict=True)
@@ -363,16 +367,15 @@ def compare(
 
 def _elbos(program: LatentModel, part: Batch, num_draws: int) -> dict[str, Tensor]:
     """Both ELBOs of each datum, `(n,)`, averaged over draws; Pyro gives the sum over the data alone."""
-    by_hand: list[Tensor] = []
+    by_hand: Callable[..., Tensor | None] = getattr(program, "reference_elbo", lambda **_: None)
+    references: list[Tensor] = []
     pyros = 0.0
     for _ in range(num_draws):
-        trace = poutine.trace(program.guide).get_trace(**part)
-        pyros -= Trace_ELBO().loss(program.model, poutine.replay(program.guide, trace=trace), **part)
-        if hasattr(program, "reference_elbo"):
-            latents = {name: trace.nodes[name]["value"] for name in trace.stochastic_nodes if name != program.plate_name}
-            reference = program.reference_elbo(**part, **latents)
-            if reference is not None:
-                by_hand.append(reference)
+        guide, latents = replayed_guide(program, part)
+        pyros -= Trace_ELBO().loss(program.model, guide, **part)
+        reference = by_hand(**part, **latents)
+        if reference is not None:
+            references.append(reference)
     n = _rows(part)
-    elbos = {"reference ELBO": torch.stack(by_hand).mean(0)} if by_hand else {}
+    elbos = {"reference ELBO": torch.stack(references).mean(0)} if references else {}
     return elbos | {"Trace_ELBO": torch.full((n,), pyros / num_draws / n, dtype=torch.float64)}

@@ -37,7 +37,7 @@ def fit(
     elbo: ELBO | None = None,
     epochs: int = 100,
     batch_size: int = 100,
-    lr: float = 1e-3,
+    lr: float | Callable[[int], float] = 1e-3,
     optimizer: Callable[..., torch.optim.Optimizer] | None = None,
     patience: int | None = None,
     grad_clip: float | None = None,
@@ -65,7 +65,7 @@ def fit(
         elbo: any `pyro.infer.ELBO`; by default `Trace_ELBO()`.
         epochs: passes over `train`, those before `resume` included.
         batch_size: data in a minibatch.
-        lr: learning rate.
+        lr: learning rate, or a function that gives it for each epoch, 1 to `epochs`.
         optimizer: called with the parameters and `lr`; by default `torch.optim.Adam`, fused.
         patience: stop after so many epochs without a better ELBO on `val`.
         grad_clip: largest L2 norm of the minibatch's gradient.
@@ -96,7 +96,8 @@ def fit(
         ['elbo', 'epoch', 'kl', 'log_px_z', 'loss', 'seconds']
     """
     check_arguments(program)
-    _check_positive(epochs=epochs, batch_size=batch_size, lr=lr, patience=patience, grad_clip=grad_clip)
+    rate = lr if callable(lr) else lambda epoch: lr
+    _check_positive(epochs=epochs, batch_size=batch_size, lr=rate(1), patience=patience, grad_clip=grad_clip)
     for name, value, known in (("device", device, DEVICES), ("precision", precision, PRECISIONS)):
         if value not in known:
             raise ValueError(f"Expected {name} to be one of {', '.join(known)}; got {value!r}")
@@ -109,7 +110,7 @@ def fit(
     settings = {
         "elbo": type(elbo).__name__,
         "batch_size": batch_size,
-        "lr": lr,
+        "lr": _name(lr) if callable(lr) else lr,
         "optimizer": _name(optimizer),
         "grad_clip": grad_clip,
         "seed": seed,
@@ -124,7 +125,7 @@ def fit(
             stack.enter_context(torch.random.fork_rng())
             torch.manual_seed(seed)
         stack.enter_context(pyro.validation_enabled(False))
-        run = _Run(program, train, val, elbo, partial(optimizer, lr=lr), settings, folder, device)
+        run = _Run(program, train, val, elbo, optimizer, rate, settings, folder, device)
         stack.enter_context(program.scope())
         if saved is not None:
             run.resume(saved)
@@ -138,11 +139,11 @@ def _check_positive(**values: float | None) -> None:
             raise ValueError(f"Expected {name} to be positive; got {value}")
 
 
-def _name(optimizer: Callable[..., Any]) -> str:
-    if isinstance(optimizer, partial):
-        options = ", ".join(f"{key}={value}" for key, value in sorted(optimizer.keywords.items()))
-        return f"{_name(optimizer.func)}({options})"
-    return getattr(optimizer, "__name__", type(optimizer).__name__)
+def _name(function: Callable[..., Any]) -> str:
+    if isinstance(function, partial):
+        options = ", ".join(f"{key}={value}" for key, value in sorted(function.keywords.items()))
+        return f"{_name(function.func)}({options})"
+    return getattr(function, "__name__", type(function).__name__)
 
 
 class _Loss(nn.Module):
@@ -151,7 +152,9 @@ class _Loss(nn.Module):
     def __init__(self, program: LatentModel, elbo: ELBO):
         super().__init__()
         self.program = program
-        self.elbo = elbo(program.model, program.guide)
+        model: Any = program.model  # Pyro's annotation asks for modules; functions serve as well
+        guide: Any = program.guide
+        self.elbo = elbo(model, guide)
 
     def forward(self, batch: Batch) -> Tensor:
         return self.elbo(**batch)
@@ -167,6 +170,7 @@ class _Run:
         val: Any,
         elbo: ELBO,
         optimizer: Callable[..., torch.optim.Optimizer],
+        rate: Callable[[int], float],
         settings: dict[str, Any],
         folder: Path | None,
         device: str,
@@ -175,13 +179,15 @@ class _Run:
 
         self.fabric = Fabric(accelerator=device, devices=1, precision=settings["precision"])
         self.program = program.to(self.fabric.device)
-        self.settings, self.folder = settings, folder
-        self.train, self.val = (data.to(self.fabric.device) if isinstance(data, Data) else data for data in (train, val))
+        self.settings, self.folder, self.rate = settings, folder, rate
+        self.train, self.val = (
+            data.to(self.fabric.device) if isinstance(data, Data) else data for data in (train, val)
+        )
         self.survey = self._first_look()
         parameters = [parameter for parameter in program.parameters() if parameter.requires_grad]
         if not parameters:
             raise ValueError(f"Expected a program with parameters to train; got none in {type(program).__name__}")
-        self.loss, self.optimizer = self.fabric.setup(_Loss(program, elbo), optimizer(parameters))
+        self.loss, self.optimizer = self.fabric.setup(_Loss(program, elbo), optimizer(parameters, lr=rate(1)))
         with torch.random.fork_rng():  # the order of the data has a generator of its own
             self.generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
         self.history: History = []
@@ -199,8 +205,11 @@ class _Run:
                 survey.check_support(data.tensors, name)
         return survey
 
-    def _stream(self, data: Any, name: str, batch_size: int | None = None, **options: Any) -> Iterator[Batch]:
-        return stream(data, batch_size or self.settings["batch_size"], device=self.fabric.device, name=name, **options)
+    def _stream(
+        self, data: Any, name: str, batch_size: int | None = None, shuffle: torch.Generator | None = None
+    ) -> Iterator[Batch]:
+        size = batch_size or self.settings["batch_size"]
+        return stream(data, size, shuffle=shuffle, device=self.fabric.device, name=name)
 
     def to_the_end(self, epochs: int, patience: int | None, progress: bool) -> None:
         """Train up to the last epoch, or until validation has not improved for `patience` epochs."""
@@ -233,9 +242,10 @@ class _Run:
 
     def _epoch(self, bar: tqdm) -> None:
         self.program.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(len(self.history) + 1)
         start, total, seen = time.perf_counter(), 0.0, 0
-        shuffled = {"shuffle": self.generator} if isinstance(self.train, Data) else {}
-        for batch in self._stream(self.train, "train", **shuffled):
+        for batch in self._stream(self.train, "train", shuffle=self.generator):
             total += self._step(batch)
             seen += len(next(iter(batch.values())))
             bar.update()

@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 Activation = Literal["tanh", "relu", "elu", "softplus", "silu"]
@@ -66,7 +66,7 @@ class MLP(nn.Module):
         _check_sizes(in_dim=in_dim, out_dim=out_dim, **{f"hidden[{i}]": size for i, size in enumerate(hidden)})
         sizes = [in_dim, *hidden]
         layers: list[nn.Module] = []
-        for size, next_size in zip(sizes, sizes[1:], strict=False):
+        for size, next_size in pairwise(sizes):
             layers += [nn.Linear(size, next_size), _activation(activation)]
         self.layers = nn.Sequential(*layers, nn.Linear(sizes[-1], out_dim))
         _glorot(self)
@@ -125,7 +125,7 @@ class ConvEncoder(nn.Module):
         height, width = _halvings(image_shape, channels)[-1]
         widths = [image_shape[0], *channels]
         layers: list[nn.Module] = []
-        for width_in, width_out in zip(widths, widths[1:], strict=False):
+        for width_in, width_out in pairwise(widths):
             layers += [nn.Conv2d(width_in, width_out, 4, stride=2, padding=1), _activation(activation)]
         self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(widths[-1] * height * width, out_dim))
         _glorot(self)

@@ -152,7 +152,7 @@ def _is_image(shape: Sequence[int] | None) -> bool:
 
 
 def _grid(x: Tensor, shape: Sequence[int] | None, columns: int) -> Tensor:
-    """Images `(N, C * H * W)` side by side, `(rows * (H + 1) + 1, columns * (W + 1) + 1, C)`, with grey lines between."""
+    """Images `(N, C * H * W)` side by side with grey lines between, `(height, width, C)`."""
     assert shape is not None
     channels, height, width = shape
     if x.shape[-1] != math.prod(shape):
@@ -166,12 +166,13 @@ def _grid(x: Tensor, shape: Sequence[int] | None, columns: int) -> Tensor:
 
 
 def _show(axes: Axes, values: Tensor) -> None:
+    rows = values.dim() == 2  # data as the rows of a matrix, no image
     values = values.detach().cpu().float()
     inside = bool((values >= 0).all() and (values <= 1).all())
-    limits = {"vmin": 0, "vmax": 1} if inside else {}
+    low, high = (0, 1) if inside else (None, None)
     if values.dim() == 3 and values.shape[-1] == 1:
         values = values.squeeze(-1)
     elif values.dim() == 3:
         values = values.clamp(0, 1)
-    axes.imshow(values.numpy(), cmap="gray", aspect="equal" if values.dim() == 3 or limits else "auto", **limits)
+    axes.imshow(values.numpy(), cmap="gray", vmin=low, vmax=high, aspect="auto" if rows else "equal")
     axes.set_axis_off()

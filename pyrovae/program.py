@@ -174,8 +174,8 @@ class LatentModel(nn.Module):
             if id(value) not in own:
                 if name in store and self._initial is None:
                     warnings.warn(
-                        f"pyro.param {name!r} exists in Pyro's global parameter store too; this program begins with its "
-                        "own initial value. To begin with the stored one: as_program(..., params=pyro.get_param_store())",
+                        f"pyro.param {name!r} exists in Pyro's global parameter store too; this program begins with "
+                        "its own initial value. For the stored one: as_program(..., params=pyro.get_param_store())",
                         stacklevel=4,
                     )
                 parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value.detach().clone())

@@ -14,7 +14,7 @@ LOG_2_PI = math.log(2 * math.pi)
 Net = Callable[[Tensor], Tensor]
 
 
-# --- log densities ---------------------------------------------------------------------------------------------------
+# --- log densities ---------------------------------------------------------------------------------
 
 
 def log_standard_normal(z: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ LIKELIHOODS = {
 }
 
 
-# --- posteriors: z = g(eps, eta), log q(z | x) = log p(eps) - log |det dz / d eps|  (2.33) ------------------------------
+# --- posteriors: z = g(eps, eta), log q(z | x) = log p(eps) - log |det dz / d eps|  (2.33) ---------
 
 
 def diagonal_normal(eps: Tensor, eta: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,7 +116,7 @@ def _full_parameters(eta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return mu, log_sigma, torch.stack(rows, -2)
 
 
-# --- bounds ------------------------------------------------------------------------------------------------------------
+# --- bounds ----------------------------------------------------------------------------------------
 
 
 def vae_elbo(
@@ -153,7 +153,7 @@ def importance_bound(log_w: Tensor) -> Tensor:
     return largest + torch.log(torch.exp(log_w - largest).mean(0))
 
 
-# --- closed forms ------------------------------------------------------------------------------------------------------
+# --- closed forms ----------------------------------------------------------------------------------
 
 
 def kl_diagonal_standard(eta: Tensor) -> Tensor:
@@ -186,7 +186,9 @@ def linear_gaussian_log_prob(x: Tensor, weight: Tensor, bias: Tensor, log_sigma:
 def linear_gaussian_posterior(x: Tensor, weight: Tensor, bias: Tensor, log_sigma: Tensor) -> tuple[Tensor, Tensor]:
     """Mean `(*, D)` and covariance `(D, D)` of p(z | x) = N(M^-1 W^T (x - b), s^2 M^-1), M = W^T W + s^2 I."""
     variance = torch.exp(2 * log_sigma)
-    inverse = torch.linalg.inv(weight.T @ weight + variance * torch.eye(weight.shape[1], dtype=x.dtype, device=x.device))
+    inverse = torch.linalg.inv(
+        weight.T @ weight + variance * torch.eye(weight.shape[1], dtype=x.dtype, device=x.device)
+    )
     return (x - bias) @ weight @ inverse, variance * inverse
 
 

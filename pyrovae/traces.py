@@ -1,5 +1,6 @@
 """The only reader of Pyro traces: log-probabilities for each site and datum, and importance weights (K, N)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -229,6 +230,12 @@ def draw(program: LatentModel, batch: Batch, num_particles: int, survey: Survey)
     return _read(program, _run(program, rows), num_particles, n, survey.nesting)
 
 
+def replayed_guide(program: LatentModel, batch: Batch) -> tuple[Callable[..., Any], dict[str, Tensor]]:
+    """The guide with its latents fixed at one draw, and their values."""
+    trace = poutine.trace(program.guide).get_trace(**batch)
+    return poutine.replay(program.guide, trace=trace), {name: site["value"] for name, site in _sites(trace).items()}
+
+
 Traces = tuple[poutine.Trace, poutine.Trace]
 
 
@@ -246,9 +253,10 @@ def _run(program: LatentModel, batch: Batch, num_particles: int = 1, nesting: in
 
 def _sites(trace: poutine.Trace) -> dict[str, Any]:
     """The sample sites that carry a density."""
+    nodes: dict[str, Any] = dict(trace.nodes)
     return {
         name: site
-        for name, site in trace.nodes.items()
+        for name, site in nodes.items()
         if site["type"] == "sample"
         and not poutine.util.site_is_subsample(site)
         and not site["infer"].get("_deterministic")

@@ -74,7 +74,9 @@ def test_ones_own_class_is_filled(tmp_path):
     save(program, tmp_path / "own")
     assert load(tmp_path / "own", other) is other
     assert torch.equal(program.net.weight, other.net.weight)
-    with pytest.raises(ValueError, match=r"Expected program=.* holds those of 'Own', which is not made of pyrovae's own"):
+    with pytest.raises(
+        ValueError, match=r"Expected program=.* holds those of 'Own', which is not made of pyrovae's own"
+    ):
         load(tmp_path / "own")
 
 
@@ -149,7 +151,7 @@ def test_a_truncated_file_is_refused(tmp_path, cut):
     save(VAE.mlp(6, 2), tmp_path / "vae")
     raw = (tmp_path / "vae").read_bytes()
     (tmp_path / "vae").write_bytes(raw[:cut])
-    with pytest.raises(ValueError, match="Expected a safetensors file; got .*truncated or foreign"):
+    with pytest.raises(ValueError, match=r"Expected a safetensors file; got .*truncated or foreign"):
         load(tmp_path / "vae")
 
 

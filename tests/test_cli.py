@@ -99,7 +99,10 @@ def test_every_family_trains_on_ones_own_file(posterior, likelihood, monkeypatch
         (["train", "--out", "RUN"], "Expected run_dir to be a new or empty folder"),
         (["train", "--resume"], "Expected --out FOLDER with --resume; got none"),
         (["train", "--resume", "--out", "nowhere"], "Expected a run folder; got nowhere, which has no config.json"),
-        (["train", "--resume", "--out", "RUN", "--lr", "0.5"], "Expected lr to be 0.001, as in the run to resume; got 0.5"),
+        (
+            ["train", "--resume", "--out", "RUN", "--lr", "0.5"],
+            "Expected lr to be 0.001, as in the run to resume; got 0.5",
+        ),
         (["evaluate", "nowhere"], "Expected a run folder; got nowhere"),
         (["evaluate", "RUN", "--num-particles", "0"], "num_particles to be a whole number of at least 1; got 0"),
         (["compare", "RUN", "--num-particles", "0"], "num_particles to be a whole number of at least 1; got 0"),

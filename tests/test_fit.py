@@ -83,7 +83,9 @@ def test_history_has_the_true_elbo_whatever_is_optimised():
     assert other["loss"] == pytest.approx(100 * one["loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("elbo", [Trace_ELBO(num_particles=3), TraceMeanField_ELBO(), Trace_ELBO(2, vectorize_particles=True)])
+@pytest.mark.parametrize(
+    "elbo", [Trace_ELBO(num_particles=3), TraceMeanField_ELBO(), Trace_ELBO(2, vectorize_particles=True)]
+)
 def test_any_elbo_of_pyro_trains(elbo):
     x = correlated(200)
     history = quiet(LinearGaussian(4, 1, DiagonalNormal.mlp(4, 1, ())), x, epochs=15, lr=0.02, elbo=elbo, seed=0)
@@ -205,11 +207,13 @@ def test_a_loss_that_is_not_finite_names_the_site_and_keeps_the_last_good_checkp
 def test_a_step_that_ruins_the_parameters_is_never_checkpointed(tmp_path):
     program = VAE.mlp(4, 1, likelihood=UnitNormal)
     with pytest.raises(FloatingPointError, match=r"in epoch 1: (site 'z' of the guide|likelihood.net)"):
-        quiet(program, correlated(40), epochs=3, batch_size=10, lr=1e30, optimizer=torch.optim.SGD, run_dir=tmp_path / "r")
+        quiet(
+            program, correlated(40), epochs=3, batch_size=10, lr=1e30, optimizer=torch.optim.SGD, run_dir=tmp_path / "r"
+        )
     assert checkpoint.read_checkpoint(tmp_path / "r" / "checkpoint.pt")["history"] == []
 
 
-# --- killed and resumed --------------------------------------------------------------------------------------------------
+# --- killed and resumed ----------------------------------------------------------------------------
 
 SCRIPT = """
 import sys, torch
@@ -260,7 +264,7 @@ def test_a_run_that_ended_early_resumes_to_nothing_more(tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(program.parameters(), again.parameters(), strict=True))
 
 
-# --- bad input ----------------------------------------------------------------------------------------------------------
+# --- bad input -------------------------------------------------------------------------------------
 
 X = torch.zeros(20, 4)
 
@@ -352,7 +356,9 @@ def test_a_truncated_or_foreign_checkpoint_is_refused(tmp_path, spoil):
     quiet(vae(), X, epochs=1, run_dir=tmp_path / "r", seed=0)
     path = tmp_path / "r" / "checkpoint.pt"
     path.write_bytes(spoil(path.read_bytes()))
-    with pytest.raises(ValueError, match=r"Expected a checkpoint of pyrovae; got .*checkpoint.pt, truncated or foreign"):
+    with pytest.raises(
+        ValueError, match=r"Expected a checkpoint of pyrovae; got .*checkpoint.pt, truncated or foreign"
+    ):
         quiet(vae(), X, epochs=2, run_dir=tmp_path / "r", seed=0, resume=True)
 
 

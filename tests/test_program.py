@@ -142,8 +142,8 @@ def test_after_plain_svi_the_stored_values_are_asked_for():
         svi.step(x)
     trained = pyro.param("scale").item()
     assert trained > 0.35
+    ignoring = as_program(model, guide)
     with pytest.warns(UserWarning, match=r"pyro.param 'scale'.*params="):
-        ignoring = as_program(model, guide)
         ignoring.encode(x)
     assert ignoring.pyro_params["scale"].exp().item() == pytest.approx(0.3)
     program = as_program(model, guide, params=pyro.get_param_store())
@@ -235,7 +235,7 @@ def test_another_name_for_the_plate_is_told():
 
 
 def test_a_program_that_does_not_broadcast_is_evaluated_row_by_row():
-    """Networks that fold or mix leading dimensions get each datum repeated for each particle; the result is the same."""
+    """Networks that fold leading dimensions get each datum repeated for each particle: the result is the same."""
     weight = torch.tensor([[1.0, 0.5], [-0.3, 0.8]])
 
     def model(x, fold=True):

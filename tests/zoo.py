@@ -1,4 +1,4 @@
-"""One small, named constructor for every public Conditional and every public model: contract tests run over all of it."""
+"""One small, named constructor for every public Conditional and model: contract tests run over all of them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

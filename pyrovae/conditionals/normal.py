@@ -56,7 +56,8 @@ class StandardNormal(Conditional):
 
     def distribution(self, eta: Tensor) -> Distribution:
         """N(0, I), whatever eta."""
-        return dist.Normal(self.zero, 1 + self.zero).expand([self.dim]).to_event(1)
+        zeros = self.zero.expand(self.dim)
+        return dist.Normal(zeros, 1 + zeros).to_event(1)
 
 
 class DiagonalNormal(Conditional):

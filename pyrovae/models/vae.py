@@ -86,7 +86,11 @@ def _reference_elbo(
     x: Tensor, z: Tensor, prior: Conditional, posterior: Conditional, likelihood: str, likelihood_net: reference.Net
 ) -> Tensor | None:
     family = type(posterior).__name__
-    if type(prior) is not StandardNormal or family not in reference.POSTERIORS or likelihood not in reference.LIKELIHOODS:
+    if (
+        type(prior) is not StandardNormal
+        or family not in reference.POSTERIORS
+        or likelihood not in reference.LIKELIHOODS
+    ):
         return None
     with torch.no_grad():  # the noise is given: gradients flow through z = g(eps, x) alone
         eps = reference.POSTERIORS[family][1](z, posterior.eta(x).expand(*z.shape[:-1], -1))
