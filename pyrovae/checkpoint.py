@@ -47,10 +47,15 @@ def save(program: LatentModel, path: str | Path) -> None:
         'VAE'
     """
     check_arguments(program)
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in program.state_dict().items()}
+    save_weights(program, program.state_dict(), Path(path))
+
+
+def save_weights(program: LatentModel, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Write weights that the program had, with its configuration."""
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in weights.items()}
     about = {"version": version("pyrovae"), "program": type(program).__name__, "config": describe(program)}
     metadata = {"pyrovae": json.dumps(about)}  # one entry: safetensors does not keep the order of several
-    write_whole(Path(path), lambda file: file.write_bytes(to_bytes(tensors, metadata)))
+    write_whole(path, lambda file: file.write_bytes(to_bytes(tensors, metadata)))
 
 
 def load(path: str | Path, program: LatentModel | None = None) -> LatentModel:
@@ -249,8 +254,8 @@ def open_run(folder: Path, resume: bool) -> dict[str, Any] | None:
 
 
 def write_checkpoint(folder: Path, content: dict[str, Any]) -> None:
-    """All that resuming needs, tensors and plain values alone; with torch's, NumPy's and Python's random state."""
-    content = {**content, "pyrovae": version("pyrovae"), "random": _random_state()}
+    """All that resuming needs: tensors and plain values alone."""
+    content = {**content, "pyrovae": version("pyrovae")}
     write_whole(folder / CHECKPOINT, lambda file: torch.save(content, file))
 
 
@@ -270,7 +275,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def _random_state() -> dict[str, Any]:
+def random_state() -> dict[str, Any]:
+    """The state of torch's, NumPy's and Python's generators."""
     name, keys, *rest = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),

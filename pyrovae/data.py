@@ -45,11 +45,13 @@ NAMES = ("digits", *IDX_SOURCES, "binarized-mnist", "frey-faces")
 
 
 def as_batch(batch: Any, name: str = "batch") -> Batch:
-    """A dict of tensors from a dict, a tensor (`{"x": tensor}`) or a pair (`{"x": x, "y": y}`).
+    """A dict of tensors from a dict, a tensor (`{"x": tensor}`), a pair (`{"x": x, "y": y}`) or a whole `Data`.
 
     Raises:
         ValueError: for anything else, for tensors of unequal length and for an empty batch.
     """
+    if isinstance(batch, Data):
+        return next(batch.batches(len(batch)))
     if isinstance(batch, Tensor):
         batch = {"x": batch}
     elif isinstance(batch, list | tuple) and len(batch) in (1, 2):

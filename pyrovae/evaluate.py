@@ -262,12 +262,14 @@ class Bound:
         name: of the bound.
         num_particles: K of an importance-sampled bound, else None.
         value: mean over the data, nats.
+        sampling_error: standard error of that mean from the draws of the latents, nats; 0 for an exact value.
         error: standard error over the data, nats; None where only the sum over the data is known.
     """
 
     name: str
     num_particles: int | None
     value: float
+    sampling_error: float
     error: float | None
 
 
@@ -287,10 +289,10 @@ class Comparison:
     difference: float | None
 
     def __str__(self) -> str:
-        lines = [f"{'nats per datum, ' + str(self.num_data) + ' data':<34}{'mean':>12}{'over the data':>16}"]
+        lines = [f"{f'nats per datum, {self.num_data} data':<26}{'mean':>12}   {'sampling':<11}{'over the data'}"]
         for bound in self.bounds:
             error = "" if bound.error is None else f"± {bound.error:.4f}"
-            lines.append(f"{bound.name:<34}{bound.value:>12.4f}{error:>16}")
+            lines.append(f"{bound.name:<26}{bound.value:>12.4f} ± {bound.sampling_error:<11.4f}{error}".rstrip())
         if self.difference is not None:
             lines.append(f"reference and Trace_ELBO, at the same latents, differ by at most {self.difference:.1e}")
         return "\n".join(lines)
@@ -334,48 +336,60 @@ def compare(
         raise ValueError(f"Expected elbo_draws to be at least 1; got {elbo_draws}")
     if isinstance(data, Data) and data.dynamic:  # both passes must see the same bits
         data = Data(next(data.batches(len(data))))
-    columns: dict[str, list[Tensor]] = {}
-
-    def add(name: str, values: Tensor) -> None:
-        columns.setdefault(name, []).append(values.double().cpu())
-
+    columns: dict[str, list[_Column]] = {}
     with program.inference(seed), pyro.validation_enabled(False):
         for _, part in _Plan.of(program, data, 1).parts("ELBOs", progress):
-            for name, values in _elbos(program, part, elbo_draws).items():
-                add(name, values)
+            for name, column in _elbos(program, part, elbo_draws).items():
+                columns.setdefault(name, []).append(column)
         plan = _Plan.of(program, data, ks[-1])
         for first, part in plan.parts(f"bounds up to K = {ks[-1]}", progress):
             log_w = torch.cat([drawn.log_weights.double() for drawn in plan.draws(first, part)])
             for k in ks:
-                groups = log_w[: len(log_w) // k * k].reshape(-1, k, log_w.shape[1])
-                add(f"bound, K = {k}", (groups.logsumexp(1) - math.log(k)).mean(0))
+                columns.setdefault(f"bound, K = {k}", []).append(_bound(log_w, k))
             exact: Callable[..., Tensor] | None = getattr(program, "log_prob", None)
             if exact is not None:
-                add("exact log p(x)", exact(**part))
+                columns.setdefault("exact log p(x)", []).append((exact(**part), 0.0))
     difference = None
     if "reference ELBO" in columns:
         pairs = zip(columns["reference ELBO"], columns["Trace_ELBO"], strict=True)
-        difference = max((by_hand.mean() - pyros.mean()).abs().item() for by_hand, pyros in pairs)
-    values = {name: torch.cat(parts) for name, parts in columns.items()}
+        difference = max((by_hand.mean() - pyros.mean()).abs().item() for (by_hand, _), (pyros, _) in pairs)
     particles = {f"bound, K = {k}": k for k in ks}
-    bounds = [
-        Bound(name, particles.get(name), value.mean().item(), None if name == "Trace_ELBO" else _error(value))
-        for name, value in values.items()
-    ]
-    return Comparison(bounds, len(values["Trace_ELBO"]), difference)
+    bounds = []
+    for name, parts in columns.items():
+        values = torch.cat([values.double().cpu() for values, _ in parts])
+        sampling = math.sqrt(sum(variance for _, variance in parts)) / len(values)
+        error = None if name == "Trace_ELBO" else _error(values)
+        bounds.append(Bound(name, particles.get(name), values.mean().item(), sampling, error))
+    return Comparison(bounds, len(values), difference)
 
 
-def _elbos(program: LatentModel, part: Batch, num_draws: int) -> dict[str, Tensor]:
-    """Both ELBOs of each datum, `(n,)`, averaged over draws; Pyro gives the sum over the data alone."""
+# values (n,) of a chunk of data, and the variance of their sum that comes from the draws of the latents
+_Column = tuple[Tensor, float]
+
+
+def _bound(log_w: Tensor, k: int) -> _Column:
+    """The bound for k particles, averaged over all groups of k among the draws `(K, n)`."""
+    groups = log_w[: len(log_w) // k * k].reshape(-1, k, log_w.shape[1])
+    values = groups.logsumexp(1) - math.log(k)
+    if len(values) > 1:
+        return values.mean(0), (values.var(0) / len(values)).sum().item()
+    sums = WeightSums(k)
+    sums.add(log_w[:k])
+    return values[0], (sums.standard_error() ** 2).sum().item()
+
+
+def _elbos(program: LatentModel, part: Batch, num_draws: int) -> dict[str, _Column]:
+    """Both ELBOs of each datum, averaged over draws; Pyro gives the sum over the data alone."""
     by_hand: Callable[..., Tensor | None] = getattr(program, "reference_elbo", lambda **_: None)
     references: list[Tensor] = []
-    pyros = 0.0
+    sums = []
     for _ in range(num_draws):
         guide, latents = replayed_guide(program, part)
-        pyros -= Trace_ELBO().loss(program.model, guide, **part)
+        sums.append(-Trace_ELBO().loss(program.model, guide, **part))
         reference = by_hand(**part, **latents)
         if reference is not None:
             references.append(reference)
-    n = _rows(part)
-    elbos = {"reference ELBO": torch.stack(references).mean(0)} if references else {}
-    return elbos | {"Trace_ELBO": torch.full((n,), pyros / num_draws / n, dtype=torch.float64)}
+    n, pyros = _rows(part), torch.tensor(sums, dtype=torch.float64)
+    variance = pyros.var().item() / num_draws if num_draws > 1 else math.nan
+    elbos = {"reference ELBO": (torch.stack(references).mean(0), variance)} if references else {}
+    return elbos | {"Trace_ELBO": ((pyros.mean() / n).expand(n), variance)}

@@ -5,6 +5,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from pyrovae.traces import Survey, check_arguments, draw
 History = list[dict[str, float]]
 PRECISIONS = ("32-true", "bf16-mixed")
 DEVICES = ("auto", "cpu", "cuda", "mps")
+SECONDS_BETWEEN_WRITES = 1.0  # so that writing costs short epochs no more than a few per cent
 MEASURED = 10_000  # training data whose ELBO is measured after each epoch
 MEASURING_SEED = 0  # the same noise each epoch, so that epochs differ by their weights alone
 
@@ -71,7 +73,7 @@ def fit(
         grad_clip: largest L2 norm of the minibatch's gradient.
         seed: of minibatches and noise; torch's random state is put back after. None goes on from the present one.
         run_dir: folder for config.json, metrics.csv, model.safetensors (the best weights), and checkpoint.pt,
-            written after every epoch.
+            written after an epoch, once a second at most, and when training stops.
         resume: go on from the checkpoint in `run_dir`, to the very weights that an undisturbed run reaches.
         device: auto, cpu, cuda or mps; the program stays there.
         precision: 32-true (as the program's parameters are) or bf16-mixed (networks in bfloat16).
@@ -192,6 +194,8 @@ class _Run:
             self.generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
         self.history: History = []
         self.best_epoch, self.best = 0, {}
+        self.kept: dict[str, Any] | None = None
+        self.written = 0.0
 
     def _first_look(self) -> Survey:
         """Run the program once, so that it makes all its parameters; look the data through that are in memory."""
@@ -215,7 +219,8 @@ class _Run:
         """Train up to the last epoch, or until validation has not improved for `patience` epochs."""
         if self.folder is not None and not self.history:
             self._write_config()
-            self._write_checkpoint()
+            self._keep()
+            self._write()
         bar = tqdm(total=epochs * (self._steps() or 0) or None, unit=" steps", disable=not progress)
         bar.update(len(self.history) * (self._steps() or 0))
         modes = [(module, module.training) for module in self.program.modules()]
@@ -225,7 +230,12 @@ class _Run:
                 while len(self.history) < epochs and not self._stale(patience):
                     bar.set_description(f"epoch {len(self.history) + 1}/{epochs}")
                     self._epoch(bar)
+                    if self.folder is not None:
+                        self._keep()
+                    if time.monotonic() - self.written > SECONDS_BETWEEN_WRITES:
+                        self._write()
         finally:
+            self._write()
             for module, mode in modes:
                 module.training = mode
             if self.best:
@@ -255,19 +265,13 @@ class _Run:
         if self.val is not None:
             row |= {f"val_{name}": value for name, value in self._measure("val").items()}
         self.history.append(row)
-        better = self.val is not None and self._is_best(row)
-        if better:
+        if self.val is not None and self._is_best(row):
             self.best_epoch = len(self.history)
             self.best = {name: value.clone() for name, value in self.program.state_dict().items()}
         shown = [f"ELBO {row['elbo']:.2f}"]
         if self.val is not None:
             shown += [f"val {row['val_elbo']:.2f}", f"best {self.history[self.best_epoch - 1]['val_elbo']:.2f}"]
         bar.set_postfix_str(", ".join(shown))
-        if self.folder is not None:
-            if better or self.val is None:
-                checkpoint.save(self.program, self.folder / checkpoint.WEIGHTS)
-            checkpoint.write_metrics(self.folder, self.history)
-            self._write_checkpoint()
 
     def _is_best(self, row: dict[str, float]) -> bool:
         return self.best_epoch == 0 or row["val_elbo"] > self.history[self.best_epoch - 1]["val_elbo"]
@@ -329,18 +333,31 @@ class _Run:
         versions = {"pyrovae": checkpoint.version("pyrovae"), "torch": torch.__version__, "pyro-ppl": pyro.__version__}
         checkpoint.write_json(path, {**config, "program": program, "fit": self.settings, "versions": versions})
 
-    def _write_checkpoint(self) -> None:
-        assert self.folder is not None
-        content = {
-            "settings": self.settings,
-            "history": self.history,
-            "program": self.program.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "best": self.best,
-            "best_epoch": self.best_epoch,
-            "generator": self.generator.get_state(),
-        }
-        checkpoint.write_checkpoint(self.folder, content)
+    def _keep(self) -> None:
+        """Hold the state at the end of an epoch, to be written soon, or when training stops."""
+        self.kept = deepcopy(
+            {
+                "settings": self.settings,
+                "history": self.history,
+                "program": self.program.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "best": self.best,
+                "best_epoch": self.best_epoch,
+                "generator": self.generator.get_state(),
+                "random": checkpoint.random_state(),
+            }
+        )
+
+    def _write(self) -> None:
+        """Write best weights, metrics and checkpoint, as of the end of the last epoch, unless that was done."""
+        if self.folder is None or self.kept is None:
+            return
+        if self.kept["history"]:
+            weights = self.kept["best"] or self.kept["program"]
+            checkpoint.save_weights(self.program, weights, self.folder / checkpoint.WEIGHTS)
+            checkpoint.write_metrics(self.folder, self.kept["history"])
+        checkpoint.write_checkpoint(self.folder, self.kept)
+        self.kept, self.written = None, time.monotonic()
 
     def resume(self, saved: dict[str, Any]) -> None:
         """Go back to where a checkpoint was written.

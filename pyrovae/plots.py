@@ -42,7 +42,7 @@ def reconstructions(program: LatentModel, x: Any, shape: Sequence[int] | None = 
 
     Args:
         program: a `LatentModel`.
-        x: data `(N, D)`, or a batch.
+        x: data `(N, D)`, a batch or a `Data`.
         shape: (channels, height, width) of an image; None draws each datum as a row of a matrix.
         n: how many.
     """
@@ -65,7 +65,7 @@ def latent_space(program: LatentModel, x: Any, y: Tensor | None = None, *, site:
 
     Args:
         program: a `LatentModel`.
-        x: data `(N, D)`, or a batch.
+        x: data `(N, D)`, a batch or a `Data`.
         y: labels `(N,)`, shown as colours.
         site: the latent, where the program has several.
     """
@@ -121,7 +121,7 @@ def bounds(comparison: Comparison) -> Figure:
     Args:
         comparison: as `compare` returns it.
     """
-    figure, axes = _figure(5.5, 4)
+    figure, axes = _figure(5.5, 4.4)
     ladder = [bound for bound in comparison.bounds if bound.num_particles is not None]
     axes.plot(
         [bound.num_particles for bound in ladder],
@@ -130,12 +130,12 @@ def bounds(comparison: Comparison) -> Figure:
         color=COLORS[0],
         label="importance-sampled bound",
     )
-    styles = zip(("--", ":", "-"), COLORS[1:], strict=True)
-    for bound, (style, color) in zip([b for b in comparison.bounds if b.num_particles is None], styles, strict=False):
-        axes.axhline(bound.value, linestyle=style, color=color, label=bound.name)
+    levels = [bound for bound in comparison.bounds if bound.num_particles is None]
+    for bound, color, style in zip(levels, COLORS[1:], ("-", "--", "-."), strict=False):
+        axes.axhline(bound.value, linestyle=style, linewidth=2, color=color, label=bound.name)
     axes.set_xscale("log")
     axes.set(xlabel="particles K", ylabel="nats per datum", title="bounds on log p(x)")
-    axes.legend(loc="best")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 

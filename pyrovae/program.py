@@ -86,7 +86,10 @@ class LatentModel(nn.Module):
             raise ValueError(f"Expected like=a batch, for the model needs {', '.join(required)}; got none")
         with self.inference(), _Reader() as reader:
             if required:
-                rows = {key: value[:1].expand(n, *value.shape[1:]) for key, value in self._on_device(like).items()}
+                rows = {
+                    key: value[:1].expand(n, *value.shape[1:])
+                    for key, value in self._on_device(like, self.model).items()
+                }
                 poutine.uncondition(self.model)(**rows | given)
                 sites = [site for site in reader.sites.values() if site["infer"].get("was_observed")]
             else:
@@ -101,7 +104,7 @@ class LatentModel(nn.Module):
         """The posterior mean E_q[z | x], `(N, D)`, or a draw from q(z | x).
 
         Args:
-            x: data `(N, D)`, or a batch.
+            x: data `(N, D)`, a batch or a `Data`.
             site: the latent, where the guide has several; those that it depends on are put at their means.
             sample: draw from the posterior in the place of its mean.
 
@@ -109,7 +112,7 @@ class LatentModel(nn.Module):
             ValueError: for an unknown site, or none named where there are several.
         """
         with self.inference(), _Reader(means=not sample) as reader:
-            self.guide(**self._on_device(x))
+            self.guide(**self._on_device(x, self.guide))
         if site is None and len(reader.sites) == 1:
             site = next(iter(reader.sites))
         if site not in reader.sites:
@@ -120,9 +123,9 @@ class LatentModel(nn.Module):
         """E[x | z] at the posterior means of all latents, `(N, D)`.
 
         Args:
-            x: data `(N, D)`, or a batch.
+            x: data `(N, D)`, a batch or a `Data`.
         """
-        batch = self._on_device(x)
+        batch = self._on_device(x, self.model, self.guide)
         with self.inference(), _Reader(means=True) as latents:
             self.guide(**batch)
         values = {name: site["value"] for name, site in latents.sites.items()}
@@ -131,9 +134,11 @@ class LatentModel(nn.Module):
         sites = [site for name, site in reader.sites.items() if site["is_observed"] and name not in values]
         return _data_value(sites, mean=True)
 
-    def _on_device(self, x: Any) -> Batch:
+    def _on_device(self, x: Any, *functions: Callable[..., Any]) -> Batch:
         device = next((p.device for p in self.parameters()), None)
-        return {key: value.to(device) for key, value in as_batch(x, "x").items()}
+        batch = {key: value.to(device) for key, value in as_batch(x, "x").items()}
+        check_keys(batch, *functions)
+        return batch
 
     @contextmanager
     def inference(self, seed: int | None = None) -> Iterator[None]:
@@ -182,6 +187,19 @@ class LatentModel(nn.Module):
                 self.pyro_params[name.replace(".", _DOT)] = parameter
         kept = {_pyro_name(key) for key in self.pyro_params}
         self._constraints = {name: value for name, value in state["constraints"].items() if name in kept}
+
+
+def check_keys(batch: Batch, *functions: Callable[..., Any]) -> None:
+    """Raises ValueError where the keys of a batch are not arguments of these functions."""
+    for function in functions:
+        signature = inspect.signature(function)
+        try:
+            signature.bind(**batch)
+        except TypeError as error:
+            raise ValueError(
+                f"Expected a batch for {getattr(function, '__name__', 'a function')}{signature}; got "
+                f"{', '.join(batch)}: {error}. Data.select(...) leaves what is not needed out"
+            ) from None
 
 
 def _pyro_name(key: str) -> str:

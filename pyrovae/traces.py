@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook
 
 from pyrovae.data import Batch, as_batch, check_finite
-from pyrovae.program import LatentModel
+from pyrovae.program import LatentModel, check_keys
 
 
 @dataclass
@@ -150,10 +150,12 @@ class Survey:
         """Run the program in eval mode on the first rows, from a copy of torch's random state.
 
         Raises:
-            ValueError: where latents of model and guide differ, a site lies outside the plate over the data, data
-                lie outside the support of their site, or Pyro finds fault with the values or parameters of a site.
+            ValueError: where the batch does not fit the arguments, latents of model and guide differ, a site lies
+                outside the plate over the data, data lie outside the support of their site, or Pyro finds fault with
+                the values or parameters of a site.
             FloatingPointError: where a log-weight is NaN.
         """
+        check_keys(batch, program.model, program.guide)
         two, three = ({key: value[:n] for key, value in batch.items()} for n in (2, 3))
         n = len(next(iter(two.values())))
         with torch.random.fork_rng(), program.inference():

@@ -226,6 +226,15 @@ def test_comparison_against_its_parts():
     spread = log_weights(program, x, 1000).std(0).square().sum().sqrt().item() / 30
     error = spread * (1 / 100 + 1 / 1000) ** 0.5
     assert value["Trace_ELBO"] == pytest.approx(pyros, abs=5 * error), "seed 0"
+    for bound in comparison.bounds[2:5]:
+        again = compare(program, x, (1, 10, 1000), seed=1, progress=False).bounds
+        other = next(b for b in again if b.name == bound.name)
+        error = (bound.sampling_error**2 + other.sampling_error**2) ** 0.5
+        assert other.value == pytest.approx(bound.value, abs=5 * error), "seeds 0 and 1"
+    first = log_weights(program, x, 20_000)
+    spread = first.reshape(20, 1000, 30).mean((1, 2)).std().item()
+    ours = next(b for b in comparison.bounds if b.name == "bound, K = 1").sampling_error
+    assert ours == pytest.approx(spread, rel=5 / (2 * 19) ** 0.5), "of 1000 draws for each datum"
     lines = str(comparison).splitlines()
     assert [line.split("  ")[0] for line in lines[1:-1]] == list(value)
 
@@ -283,6 +292,7 @@ BAD = {
     "empty": (VAE.mlp(6, 2), X[:0], {}, r"Expected data to hold at least one datum"),
     "not data": (VAE.mlp(6, 2), "x", {}, r"Expected data to be a tensor, a pair \(x, y\) or a dict"),
     "no particles": (VAE.mlp(6, 2), X, {"num_particles": 0}, r"num_particles to be a whole number .* got 0"),
+    "labels too": (VAE.mlp(6, 2), (X, X[:, 0]), {}, r"Expected a batch for model\(x: .*; got x, y: .*Data.select"),
     "chunk": (VAE.mlp(6, 2), X, {"chunk_size": 0}, r"Expected chunk_size to be at least 1; got 0"),
     "batch": (VAE.mlp(6, 2), X, {"batch_size": -1}, r"Expected batch_size to be at least 1; got -1"),
     "not a program": (torch.nn.Linear(2, 2), X, {}, r"Expected program to be a LatentModel; got Linear"),

@@ -363,6 +363,8 @@ def test_modes_and_random_state_are_put_back():
         (lambda p, x: p.sample(0), "Expected n to be at least 1; got 0"),
         (lambda p, x: p.encode(x, site="w"), "Expected site to be one of z; got 'w'"),
         (lambda p, x: p.encode("x"), "Expected x to be a tensor"),
+        (lambda p, x: p.encode((x, x)), r"Expected a batch for guide\(x: .*; got x, y"),
+        (lambda p, x: p.reconstruct({"w": x}), r"Expected a batch for model\(x: .*; got w"),
         (lambda p, x: p.encode(x[:, :5]), r"Expected the network's input to have shape \(\*, 6\); got \(5, 5\)"),
         (lambda p, x: as_program(1, p.guide), "Expected model to be a function; got int"),
         (lambda p, x: evaluate(p.model, x), "Expected program to be a LatentModel; got method.*as_program"),
