@@ -108,7 +108,8 @@ def test_importing_changes_no_global_setting():
 import torch, pyro, random, numpy
 from pyro.distributions.util import is_validation_enabled
 seen = lambda: (torch.get_default_dtype(), is_validation_enabled(), torch.is_grad_enabled(), torch.get_num_threads(),
-                torch.initial_seed(), torch.get_rng_state().sum().item(), random.getstate(), str(numpy.random.get_state()),
+                torch.initial_seed(), torch.get_rng_state().sum().item(), random.getstate(),
+                str(numpy.random.get_state()),
                 torch.distributions.Distribution._validate_args, torch.get_float32_matmul_precision())
 torch.manual_seed(1)
 before = seen()
