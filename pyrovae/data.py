@@ -4,6 +4,7 @@ import gzip
 import math
 import os
 import struct
+import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
@@ -98,6 +99,8 @@ class Data:
     def __init__(self, tensors: Any, *, dynamic: bool = False, check: bool = True):
         self.tensors = as_batch(tensors, "data")
         self.dynamic = dynamic
+        if dynamic and "x" not in self.tensors:
+            raise ValueError(f"Expected x among the tensors of dynamic data; got {', '.join(self.tensors)}")
         if check:
             check_finite(self.tensors, "data")
         if check and dynamic:
@@ -122,7 +125,7 @@ class Data:
         return self._with({key: value.to(device) for key, value in self.tensors.items()})
 
     def _with(self, tensors: Batch) -> "Data":
-        return Data(tensors, dynamic=self.dynamic, check=False)
+        return Data(tensors, dynamic=self.dynamic and "x" in tensors, check=False)
 
     def batches(self, batch_size: int, *, shuffle: torch.Generator | None = None) -> Iterator[Batch]:
         """All data once, in minibatches of `batch_size`; the last one may be smaller.
@@ -132,6 +135,8 @@ class Data:
             shuffle: source of a random order, and of dynamic binarization; None keeps the order
                 (and binarizes, where that is dynamic, from torch's global generator).
         """
+        if batch_size < 1:
+            raise ValueError(f"Expected batch_size to be at least 1; got {batch_size}")
         if shuffle is None:
             indices: Sequence[Any] = [slice(i, i + batch_size) for i in range(0, len(self), batch_size)]
         else:
@@ -251,7 +256,7 @@ def _binarized(part: Batch, binarize: Binarize, generator: torch.Generator, trai
 
 
 def _check_unit_interval(x: Tensor) -> None:
-    if bool(((x < 0) | (x > 1)).any()):
+    if not bool(((x >= 0) & (x <= 1)).all()):  # NaN included
         raise ValueError(f"Expected values in [0, 1] to binarize; got {x.min().item():g} to {x.max().item():g}")
 
 
@@ -265,11 +270,11 @@ def _read(name: str, labels: bool) -> tuple[list[Batch], tuple[int, ...]]:
     elif name in IDX_SOURCES:
         parts = _read_idx_set(name)
     elif name == "binarized-mnist":
-        archive = _open_npz(_known_file(name, "binarized_mnist.npz"))
-        bits = [np.unpackbits(archive[key], axis=1).reshape(-1, 28, 28) for key in ("train", "valid", "test")]
+        archive = _known_arrays(name, "binarized_mnist.npz", "train", "valid", "test")
+        bits = [np.unpackbits(part, axis=1).reshape(-1, 28, 28) for part in archive]
         parts = [(part.astype(np.float32), None) for part in bits]
     elif name == "frey-faces":
-        images = _open_npz(_known_file(name, "frey_faces.npz"))["images"]
+        (images,) = _known_arrays(name, "frey_faces.npz", "images")
         parts = [(part, None) for part in np.split(images, [int(0.8 * len(images)), int(0.9 * len(images))])]
     elif Path(name).suffix in (".npy", ".npz"):
         parts = _read_own(Path(name))
@@ -297,6 +302,8 @@ def _as_vectors(x: np.ndarray) -> Tensor:
         x = x.astype(np.float32) / 255
     elif x.dtype.kind not in "fb":
         raise ValueError(f"Expected an array of floats, bytes (uint8) or booleans; got {x.dtype}")
+    if x.size == 0:
+        raise ValueError(f"Expected at least one datum in each part; got shape {x.shape}")
     return torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32).reshape(len(x), -1))
 
 
@@ -310,30 +317,41 @@ def _cut_at_random(x: np.ndarray, y: np.ndarray | None) -> list[tuple[np.ndarray
 def _read_own(path: Path) -> list[tuple[np.ndarray, np.ndarray | None]]:
     if not path.exists():
         raise FileNotFoundError(f"Expected a data file; got {path}, which does not exist")
-    arrays = {"x": _load_array(path)} if path.suffix == ".npy" else dict(_open_npz(path))
+    arrays = _arrays(path)
     if "val" in arrays:
         arrays["valid"] = arrays.pop("val")
     if {"train", "valid", "test"} <= arrays.keys():
-        return [(arrays[part], None) for part in ("train", "valid", "test")]
+        parts = [arrays[part] for part in ("train", "valid", "test")]
+        if len({part.shape[1:] for part in parts}) != 1:
+            raise ValueError(f"Expected parts of one datum's shape in {path}; got {[part.shape for part in parts]}")
+        return [(part, None) for part in parts]
     if "x" not in arrays:
         raise ValueError(f"Expected {path} to hold train, val and test, or x; got {', '.join(arrays) or 'nothing'}")
-    if arrays["x"].ndim < 2 or len(arrays["x"]) < 10:
-        raise ValueError(f"Expected at least 10 data in an array (N, ...); got shape {arrays['x'].shape} in {path}")
-    return _cut_at_random(arrays["x"], arrays.get("y"))
+    x, y = arrays["x"], arrays.get("y")
+    if x.ndim < 2 or len(x) < 10:
+        raise ValueError(f"Expected at least 10 data in an array (N, ...); got shape {x.shape} in {path}")
+    if y is not None and (y.shape != x.shape[:1] or y.dtype.kind not in "iu"):
+        raise ValueError(f"Expected whole-number labels y of shape {x.shape[:1]}; got {y.dtype} {y.shape} in {path}")
+    return _cut_at_random(x, y)
 
 
-def _load_array(path: Path) -> Any:
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz archive by their names, or that of an .npy file as x; pickled objects are refused."""
     try:
-        return np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError, zlib.error) as error:
+        with path.open("rb") as file:
+            found = np.load(file, allow_pickle=False)
+            return dict(found) if isinstance(found, np.lib.npyio.NpzFile) else {"x": found}
+    except (ValueError, EOFError, OSError, zlib.error, zipfile.BadZipFile) as error:
         raise ValueError(f"Expected a NumPy file without pickled objects; got {path}: {error}") from error
 
 
-def _open_npz(path: Path) -> Mapping[str, np.ndarray]:
-    archive = _load_array(path)
-    if not isinstance(archive, np.lib.npyio.NpzFile):
-        raise ValueError(f"Expected {path} to be an .npz archive; got a single array")
-    return archive
+def _known_arrays(name: str, file: str, *keys: str) -> list[np.ndarray]:
+    """Arrays of the file of a set that has no checked download."""
+    path = _known_file(name, file)
+    arrays = _arrays(path)
+    if not set(keys) <= arrays.keys():
+        raise ValueError(f"Expected {path} to hold {', '.join(keys)}; got {', '.join(arrays)}")
+    return [arrays[key] for key in keys]
 
 
 def _data_folder() -> Path | None:
@@ -347,7 +365,6 @@ def _data_folder() -> Path | None:
 
 
 def _known_file(name: str, file: str) -> Path:
-    """The file of a set that has no checked download."""
     folder, place = _data_folder(), Path(name.replace("-", "_")) / file
     if folder is None or not (folder / place).exists():
         got = "PYROVAE_DATA unset" if folder is None else f"PYROVAE_DATA={folder} without {place}"

@@ -17,10 +17,10 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 }
 
 
-def _activation(name: str) -> nn.Module:
+def _activation(name: str) -> type[nn.Module]:
     if name not in ACTIVATIONS:
         raise ValueError(f"Expected activation to be one of {', '.join(ACTIVATIONS)}; got {name!r}")
-    return ACTIVATIONS[name]()
+    return ACTIVATIONS[name]
 
 
 def _check_sizes(**sizes: int) -> None:
@@ -64,10 +64,10 @@ class MLP(nn.Module):
         super().__init__()
         self.in_dim, self.out_dim, self.hidden, self.activation = in_dim, out_dim, tuple(hidden), activation
         _check_sizes(in_dim=in_dim, out_dim=out_dim, **{f"hidden[{i}]": size for i, size in enumerate(hidden)})
-        sizes = [in_dim, *hidden]
+        sizes, function = [in_dim, *hidden], _activation(activation)
         layers: list[nn.Module] = []
         for size, next_size in pairwise(sizes):
-            layers += [nn.Linear(size, next_size), _activation(activation)]
+            layers += [nn.Linear(size, next_size), function()]
         self.layers = nn.Sequential(*layers, nn.Linear(sizes[-1], out_dim))
         _glorot(self)
 
@@ -123,10 +123,10 @@ class ConvEncoder(nn.Module):
         self.channels, self.activation = tuple(channels), activation
         _check_sizes(out_dim=out_dim)
         height, width = _halvings(image_shape, channels)[-1]
-        widths = [image_shape[0], *channels]
+        widths, function = [image_shape[0], *channels], _activation(activation)
         layers: list[nn.Module] = []
         for width_in, width_out in pairwise(widths):
-            layers += [nn.Conv2d(width_in, width_out, 4, stride=2, padding=1), _activation(activation)]
+            layers += [nn.Conv2d(width_in, width_out, 4, stride=2, padding=1), function()]
         self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(widths[-1] * height * width, out_dim))
         _glorot(self)
 
@@ -167,7 +167,7 @@ class ConvDecoder(nn.Module):
         self.channels, self.activation = tuple(channels), activation
         _check_sizes(in_dim=in_dim)
         sizes = _halvings(image_shape, channels)[::-1]
-        widths = [image_shape[0], *channels][::-1]
+        widths, function = [image_shape[0], *channels][::-1], _activation(activation)
         height, width = sizes[0]
         layers: list[nn.Module] = [
             nn.Linear(in_dim, widths[0] * height * width),
@@ -175,7 +175,7 @@ class ConvDecoder(nn.Module):
         ]
         for i, (target_height, target_width) in enumerate(sizes[1:]):
             odd = (target_height % 2, target_width % 2)
-            layers.append(_activation(activation))
+            layers.append(function())
             layers.append(nn.ConvTranspose2d(widths[i], widths[i + 1], 4, stride=2, padding=1, output_padding=odd))
         self.layers = nn.Sequential(*layers)
         _glorot(self)

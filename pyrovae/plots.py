@@ -72,7 +72,7 @@ def latent_space(program: LatentModel, x: Any, y: Tensor | None = None, *, site:
     means = program.encode(x, site).double().cpu()
     names = ("z[0]", "z[1]")
     if means.shape[1] == 1:
-        means = torch.cat([means, torch.zeros_like(means)], 1)
+        means, names = torch.cat([means, torch.zeros_like(means)], 1), ("z[0]", "")
     elif means.shape[1] > 2:
         from sklearn.decomposition import PCA
 

@@ -149,7 +149,7 @@ def vae_elbo(
 
 def importance_bound(log_w: Tensor) -> Tensor:
     """log (1 / K) sum_k w_k for each datum, from log-weights `(K, N)`: `(N,)`  (section 2.6)."""
-    largest = log_w.max(0).values
+    largest = log_w.amax(0).clamp(min=torch.finfo(log_w.dtype).min)  # finite, also where all weights are zero
     return largest + torch.log(torch.exp(log_w - largest).mean(0))
 
 

@@ -30,19 +30,23 @@ class WeightSums:
         """Take in the log-weights `(k, N)` of k more particles."""
         log_w = log_w.double()
         if self.seen == 0:
-            self.log_sum = self.log_sum_squares = log_w.new_full(log_w.shape[1:], -torch.inf)
-            self.sum_of_logs = log_w.new_zeros(log_w.shape[1:])
+            # sums of w and w^2 as multiples of exp(shift) and its square
+            self.shift = log_w.new_full(log_w.shape[1:], -torch.inf)
+            self.sum = self.sum_squares = self.sum_of_logs = log_w.new_zeros(log_w.shape[1:])
             self.largest = log_w[:0]
         self.seen += len(log_w)
-        self.log_sum = torch.logaddexp(self.log_sum, log_w.logsumexp(0))
-        self.log_sum_squares = torch.logaddexp(self.log_sum_squares, (2 * log_w).logsumexp(0))
+        shift = torch.maximum(self.shift, log_w.amax(0))
+        old, new = (self.shift - shift).exp().nan_to_num(0), (log_w - shift).exp().nan_to_num(0)  # NaN: -inf - -inf
+        self.shift = shift
+        self.sum = self.sum * old + new.sum(0)
+        self.sum_squares = self.sum_squares * old**2 + (new**2).sum(0)
         self.sum_of_logs = self.sum_of_logs + log_w.sum(0)
         candidates = torch.cat([self.largest, log_w])
         self.largest = candidates.topk(min(self.tail + 1, len(candidates)), 0).values
 
     def log_mean(self) -> Tensor:
         """log (1/K) sum_k w_k, `(N,)`."""
-        return self.log_sum - math.log(self.seen)
+        return self.sum.log() + self.shift - math.log(self.seen)
 
     def elbo(self) -> Tensor:
         """(1/K) sum_k log w_k, `(N,)`."""
@@ -50,12 +54,12 @@ class WeightSums:
 
     def ess(self) -> Tensor:
         """(sum w)^2 / sum w^2, `(N,)`."""
-        return (2 * self.log_sum - self.log_sum_squares).exp().clamp(max=self.seen)
+        return (self.sum**2 / self.sum_squares).clamp(max=self.seen)
 
     def standard_error(self) -> Tensor:
         """Of `log_mean` by the delta method: sqrt(1/ESS - 1/K), `(N,)`; NaN for one particle."""
         if self.seen == 1:
-            return torch.full_like(self.log_sum, torch.nan)
+            return torch.full_like(self.sum, torch.nan)
         return (1 / self.ess() - 1 / self.seen).clamp(min=0).sqrt()
 
     def k_hat(self) -> Tensor:
@@ -70,8 +74,8 @@ def pareto_k_hat(largest: Tensor) -> Tensor:
         largest: the M + 1 largest log-weights `(M + 1, N)` in descending order; the last is where the tail begins.
 
     Returns:
-        `(N,)`: 0 where the tail has no width; NaN where M < 5, or where more than a quarter of it is tied
-        with its lower end.
+        `(N,)`: 0 where the tail has no width; NaN where M < 5, or where a quarter of it is tied with its lower end;
+        infinity where it is too wide for float64.
 
     Source:
         Zhang and Stephens (2009), with the weakly informative prior of Vehtari et al. (2024), appendix C.
@@ -90,4 +94,6 @@ def pareto_k_hat(largest: Tensor) -> Tensor:
     theta = (theta * profile.softmax(0)).sum(0)
     shape = torch.log1p(-theta * excess).mean(0)
     k_hat = (size * shape + 5) / (size + 10)
-    return torch.where(excess[-1] > 0, k_hat, torch.zeros_like(k_hat))
+    underflown = k_hat.isnan() & (largest[size - int(size / 4 + 0.5)] > largest[-1])
+    k_hat = torch.where(underflown, torch.inf, k_hat)
+    return torch.where(largest[0] > largest[-1], k_hat, torch.zeros_like(k_hat))

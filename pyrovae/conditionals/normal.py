@@ -76,6 +76,8 @@ class DiagonalNormal(Conditional):
 
     def distribution(self, eta: Tensor) -> Distribution:
         """N(mu, diag(sigma^2)) from eta `(*, 2 dim)`."""
+        if eta.shape[-1] % 2:
+            raise ValueError(f"Expected DiagonalNormal's network to give 2 D numbers for some D; got {eta.shape[-1]}")
         mu, log_sigma = eta.chunk(2, -1)
         return dist.Normal(mu, log_sigma.exp()).to_event(1)
 
