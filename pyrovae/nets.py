@@ -56,6 +56,7 @@ class MLP(nn.Module):
         ValueError: for a size that is not positive or an unknown activation.
 
     Example:
+        >>> import torch
         >>> MLP(784, 100, hidden=(200, 200))(torch.zeros(5, 784)).shape
         torch.Size([5, 100])
     """
@@ -107,6 +108,7 @@ class ConvEncoder(nn.Module):
         ValueError: for an image too small for the number of halvings, or a size that is not positive.
 
     Example:
+        >>> import torch
         >>> ConvEncoder((1, 28, 28), 40)(torch.zeros(3, 5, 784)).shape
         torch.Size([3, 5, 40])
     """
@@ -151,6 +153,7 @@ class ConvDecoder(nn.Module):
         ValueError: for an image too small for the number of halvings, or a size that is not positive.
 
     Example:
+        >>> import torch
         >>> ConvDecoder(20, (1, 28, 28))(torch.zeros(3, 5, 20)).shape
         torch.Size([3, 5, 784])
     """

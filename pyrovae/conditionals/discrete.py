@@ -12,6 +12,7 @@ class Bernoulli(Conditional):
     log p(x | parents) = sum_i x_i eta_i - softplus(eta_i). Grey values in [0, 1] are not in its support.
 
     Example:
+        >>> import torch
         >>> Bernoulli.mlp(50, 784)(torch.zeros(3, 50)).event_shape
         torch.Size([784])
     """
