@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -49,7 +50,9 @@ class Train:
     batch_size: int = 100
     """Data in a minibatch."""
     lr: float = 1e-3
-    """Learning rate of Adam."""
+    """Learning rate of Adam, in the first epoch."""
+    lr_final: float | None = None
+    """In the last epoch, and geometrically between; by default the same throughout."""
     patience: int | None = 50
     """Stop after so many epochs without a better ELBO on the validation data."""
     grad_clip: float | None = None
@@ -177,6 +180,7 @@ def _train(command: Train) -> None:
         likelihood=LIKELIHOODS[command.likelihood],
         posterior=POSTERIORS[command.posterior],
     )
+    program.likelihood.start_at(splits.train["x"].mean(0))
     print(
         f"{command.data}: {len(splits.train)} training, {len(splits.val)} validation, {len(splits.test)} test data of "
         f"{splits.train['x'].shape[1]} values, binarization {splits.binarize}\n"
@@ -189,7 +193,7 @@ def _train(command: Train) -> None:
         splits.val.select("x"),
         epochs=command.epochs,
         batch_size=command.batch_size,
-        lr=command.lr,
+        lr=_rate(command),
         patience=command.patience,
         grad_clip=command.grad_clip,
         seed=command.seed,
@@ -254,6 +258,19 @@ def _sample(command: Sample) -> None:
 
         checkpoint.write_whole(command.npy, write)
         print(f"written to {command.npy}")
+
+
+def _rate(command: Train) -> float | Callable[[int], float]:
+    first, last = command.lr, command.lr_final
+    if last is None:
+        return first
+    if min(first, last) <= 0:
+        raise ValueError(f"Expected --lr and --lr-final to be positive; got {first} and {last}")
+
+    def geometric(epoch: int) -> float:
+        return first * (last / first) ** ((epoch - 1) / max(1, command.epochs - 1))
+
+    return geometric
 
 
 def _splits(command: Train) -> data_sets.Splits:

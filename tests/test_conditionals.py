@@ -34,7 +34,7 @@ def normal(*shape: int) -> Tensor:
 
 
 def assert_same(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    torch.testing.torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
 def perceptron(family: type[Conditional], parents_dim: int = 3) -> Conditional:
@@ -270,3 +270,23 @@ def test_parents_that_do_not_fit(family):
 def test_a_conditional_is_abstract():
     with pytest.raises(TypeError, match="abstract"):
         Conditional(nn.Identity())
+
+
+@pytest.mark.parametrize("family", [DiagonalNormal, UnitNormal, FullNormal, Bernoulli])
+def test_training_starts_at_the_mean_that_is_given(family):
+    mean = torch.tensor([0.2, 0.5, 0.9])
+    conditional = family.mlp(4, 3, hidden=(5,))
+    assert conditional.start_at(mean) is conditional
+    at_zero = conditional(torch.zeros(2, 4))
+    torch.testing.assert_close(at_zero.mean, mean.expand(2, 3))
+    if family is not Bernoulli:
+        torch.testing.assert_close(at_zero.variance, torch.ones(2, 3))
+    with pytest.raises(ValueError, match=r"Expected mean for \d+ outputs; got shape \(2,\)"):
+        conditional.start_at(mean[:2])
+    with pytest.raises(ValueError, match=r"Expected an MLP as network; got Linear"):
+        family(torch.nn.Linear(4, family.eta_dim(3))).start_at(mean)
+
+
+def test_a_bernoulli_starts_within_reach_of_its_gradients():
+    logits = Bernoulli.mlp(4, 2).start_at(torch.tensor([0.0, 1.0])).eta(torch.zeros(4))
+    torch.testing.assert_close(logits.sigmoid(), torch.tensor([0.001, 0.999]))

@@ -27,7 +27,7 @@ class Conditional(nn.Module, ABC):
     Args:
         net: network from the parents, `(B, sum D_i)`, to eta, `(B, E)`; for a root it takes no argument.
 
-    A new family fills in `eta_dim` and `distribution`.
+    A new family fills in `eta_dim`, `eta_at` and `distribution`.
     """
 
     def __init__(self, net: nn.Module | None):
@@ -54,8 +54,32 @@ class Conditional(nn.Module, ABC):
         """How many numbers the network must give for a variable of size `dim`."""
 
     @abstractmethod
+    def eta_at(self, mean: Tensor) -> Tensor:
+        """Parameters `(E,)` of a member of the family with this mean `(dim,)`."""
+
+    @abstractmethod
     def distribution(self, eta: Tensor) -> Distribution:
         """The Pyro distribution with parameters eta `(*, E)`."""
+
+    @torch.no_grad()
+    def start_at(self, mean: Tensor) -> Self:
+        """Set the output bias so that training begins with this mean, whatever the parents (Burda et al. 2016).
+
+        A likelihood that begins at the mean of the data does not waste its latents on it: more of them stay active.
+
+        Args:
+            mean: `(dim,)`; a Bernoulli's is kept within [0.001, 0.999].
+
+        Raises:
+            ValueError: for a network that is no MLP, or a mean of another size.
+        """
+        if not isinstance(self.net, MLP):
+            raise ValueError(f"Expected an MLP as network; got {type(self.net).__name__}")
+        bias, eta = self.net.layers[-1].bias, self.eta_at(mean)
+        if bias.shape != eta.shape:
+            raise ValueError(f"Expected mean for {len(bias)} outputs; got shape {tuple(mean.shape)}")
+        bias.copy_(eta)
+        return self
 
     def forward(self, *parents: Tensor) -> Distribution:
         """The distribution given the parents' values, each `(*, D_i)`."""

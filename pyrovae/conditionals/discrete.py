@@ -22,6 +22,10 @@ class Bernoulli(Conditional):
         """A logit for each value."""
         return dim
 
+    def eta_at(self, mean: Tensor) -> Tensor:
+        """logit(mean), with the mean kept within [0.001, 0.999]."""
+        return mean.clamp(0.001, 0.999).logit()
+
     def distribution(self, eta: Tensor) -> Distribution:
         """Independent Bernoullis from logits `(*, dim)`."""
         return dist.Bernoulli(logits=eta).to_event(1)

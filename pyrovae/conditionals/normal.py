@@ -48,6 +48,14 @@ class StandardNormal(Conditional):
         """None: there is nothing to learn."""
         return 0
 
+    def eta_at(self, mean: Tensor) -> Tensor:
+        """Not there: the mean is 0.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError("Expected a family with a mean to set; got StandardNormal, whose mean is 0")
+
     def eta(self, *parents: Tensor) -> Tensor:
         """Nothing, `(0,)`."""
         if parents:
@@ -74,6 +82,10 @@ class DiagonalNormal(Conditional):
         """mu and log sigma."""
         return 2 * dim
 
+    def eta_at(self, mean: Tensor) -> Tensor:
+        """(mean, 0): unit variance."""
+        return torch.cat([mean, torch.zeros_like(mean)])
+
     def distribution(self, eta: Tensor) -> Distribution:
         """N(mu, diag(sigma^2)) from eta `(*, 2 dim)`."""
         if eta.shape[-1] % 2:
@@ -95,6 +107,10 @@ class UnitNormal(Conditional):
         """mu."""
         return dim
 
+    def eta_at(self, mean: Tensor) -> Tensor:
+        """The mean."""
+        return mean
+
     def distribution(self, eta: Tensor) -> Distribution:
         """N(mu, I) from eta `(*, dim)`."""
         return dist.Normal(eta, eta.new_ones(())).to_event(1)
@@ -115,6 +131,10 @@ class FullNormal(Conditional):
     def eta_dim(dim: int) -> int:
         """mu, log sigma and the strictly lower triangle of L'."""
         return 2 * dim + dim * (dim - 1) // 2
+
+    def eta_at(self, mean: Tensor) -> Tensor:
+        """(mean, 0, 0): the identity for a covariance."""
+        return torch.cat([mean, mean.new_zeros(self.eta_dim(len(mean)) - len(mean))])
 
     def distribution(self, eta: Tensor) -> Distribution:
         """N(mu, L L^T) from eta `(*, 2 dim + dim (dim - 1) / 2)`."""
