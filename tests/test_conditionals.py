@@ -34,7 +34,7 @@ def normal(*shape: int) -> Tensor:
 
 
 def assert_same(a: Tensor, b: Tensor) -> None:
-    torch.testing.torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
 def perceptron(family: type[Conditional], parents_dim: int = 3) -> Conditional:

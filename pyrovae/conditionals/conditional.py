@@ -75,7 +75,9 @@ class Conditional(nn.Module, ABC):
         """
         if not isinstance(self.net, MLP):
             raise ValueError(f"Expected an MLP as network; got {type(self.net).__name__}")
-        bias, eta = self.net.layers[-1].bias, self.eta_at(mean)
+        last, eta = self.net.layers[-1], self.eta_at(mean)
+        assert isinstance(last, nn.Linear)
+        bias = last.bias
         if bias.shape != eta.shape:
             raise ValueError(f"Expected mean for {len(bias)} outputs; got shape {tuple(mean.shape)}")
         bias.copy_(eta)
