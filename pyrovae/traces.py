@@ -14,6 +14,8 @@ from torch.nn.modules.module import register_module_forward_hook
 from pyrovae.data import Batch, as_batch, check_finite
 from pyrovae.program import LatentModel, check_keys
 
+PARTICLES = "pyrovae particles"  # name of the plate: none that a program is likely to use itself
+
 
 @dataclass
 class Draw:
@@ -245,7 +247,7 @@ def _run(program: LatentModel, batch: Batch, num_particles: int = 1, nesting: in
     """Traces of the guide and of the model run against it; `latents`, a trace, fixes what the guide draws."""
     model, guide = program.model, program.guide
     if num_particles > 1:
-        plate = pyro.plate("particles", num_particles, dim=-nesting - 1)
+        plate = pyro.plate(PARTICLES, num_particles, dim=-nesting - 1)
         model, guide = plate(model), plate(guide)
     if latents is not None:
         guide = poutine.replay(guide, trace=latents)
@@ -271,7 +273,7 @@ def _plate_dims(site: Any) -> set[int]:
 
 def _together(site: Any) -> bool:
     """Whether the particles have a plate of their own."""
-    return any(frame.name == "particles" for frame in site["cond_indep_stack"])
+    return any(frame.name == PARTICLES for frame in site["cond_indep_stack"])
 
 
 def _nesting(traces: Traces) -> int:
