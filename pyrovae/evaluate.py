@@ -197,7 +197,7 @@ class _Plan:
     def parts(self, title: str, progress: bool) -> Iterator[tuple[int, Batch]]:
         """Chunks of data in order, each with the index of its first datum."""
         done = 0
-        with tqdm(total=self.num_data, unit=" data", desc=title, disable=not progress) as bar:
+        with tqdm(total=self.num_data, unit=" data", desc=title, mininterval=0.5, disable=not progress) as bar:
             for batch in self.batches:
                 self.survey.check_support(batch, "data")
                 for start in range(0, _rows(batch), self.batch_size):

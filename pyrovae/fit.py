@@ -221,7 +221,7 @@ class _Run:
             self._write_config()
             self._keep()
             self._write()
-        bar = tqdm(total=epochs * (self._steps() or 0) or None, unit=" steps", disable=not progress)
+        bar = tqdm(total=epochs * (self._steps() or 0) or None, unit=" steps", mininterval=0.5, disable=not progress)
         bar.update(len(self.history) * (self._steps() or 0))
         modes = [(module, module.training) for module in self.program.modules()]
         try:
