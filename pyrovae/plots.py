@@ -80,7 +80,8 @@ def latent_space(program: LatentModel, x: Any, y: Tensor | None = None, *, site:
         means = torch.from_numpy(pca.transform(means.numpy()))
         names = tuple(f"component {i + 1} ({share:.0%})" for i, share in enumerate(pca.explained_variance_ratio_))
     figure, axes = _figure(5, 4.5)
-    dots = axes.scatter(*means.T, s=6, c=COLORS[0] if y is None else y.cpu(), cmap=None if y is None else "tab10")
+    size = min(12.0, max(1.0, 4000 / len(means)))  # many dots must not become one blot
+    dots = axes.scatter(*means.T, s=size, c=COLORS[0] if y is None else y.cpu(), cmap=None if y is None else "tab10")
     if y is not None:
         axes.legend(*dots.legend_elements(num=None), title="label", loc="center left", bbox_to_anchor=(1, 0.5))
     axes.set(xlabel=names[0], ylabel=names[1], title="posterior means of the data")
