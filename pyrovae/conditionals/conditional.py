@@ -65,7 +65,7 @@ class Conditional(nn.Module, ABC):
     def start_at(self, mean: Tensor) -> Self:
         """Set the output bias so that training begins with this mean, whatever the parents (Burda et al. 2016).
 
-        A likelihood that begins at the mean of the data does not waste its latents on it: more of them stay active.
+        A likelihood that begins at the mean of the data need not spend its first epochs, and its latents, on it.
 
         Args:
             mean: `(dim,)`; a Bernoulli's is kept within [0.001, 0.999].
