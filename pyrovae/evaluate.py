@@ -52,9 +52,11 @@ class Evaluation:
     def summary(self) -> dict[str, Any]:
         """Means over the data, each with its standard error over the data; nats, per datum.
 
-        `log_px_sampling_error` is the part of `log_px_error` that more particles would remove.
+        `log_px_sampling_error` is the part of `log_px_error` that more particles would remove. The share of k-hat
+        above 0.7 is that among the data whose k-hat is known; NaN for too few particles.
         """
         bits = -self.log_px / (self.dim * math.log(2))
+        known = self.k_hat[~self.k_hat.isnan()]
         return {
             "num_data": len(self.log_px),
             "num_particles": self.num_particles,
@@ -66,7 +68,7 @@ class Evaluation:
             "bits_per_dim": bits.mean().item(),
             "bits_per_dim_error": _error(bits),
             "ess": self.ess.mean().item(),
-            "k_hat_above_0.7": (self.k_hat > K_HAT_LIMIT).double().mean().item(),
+            "k_hat_above_0.7": (known > K_HAT_LIMIT).double().mean().item(),
             "active_units": dict(self.active_units),
         }
 

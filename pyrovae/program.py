@@ -101,7 +101,7 @@ class LatentModel(nn.Module):
         return _data_value(sites, mean)
 
     def encode(self, x: Any, site: str | None = None, *, sample: bool = False) -> Tensor:
-        """The posterior mean E_q[z | x], `(N, D)`, or a draw from q(z | x).
+        """The posterior mean E_q[z | x] (of a class the mode), `(N, D)`, or a draw from q(z | x).
 
         Args:
             x: data `(N, D)`, a batch or a `Data`.
@@ -225,10 +225,11 @@ class _Reader(Messenger):
         if not self.means or msg["is_observed"] or msg["done"] or poutine.util.site_is_subsample(msg):
             return
         try:
-            msg["value"] = msg["fn"].mean
-            msg["done"] = True
+            mean = msg["fn"].mean
         except NotImplementedError:  # a flow's mean has no closed form: it is drawn
-            pass
+            return
+        msg["value"] = msg["fn"].mode if bool(mean.isnan().all()) else mean  # classes have a mode and no mean
+        msg["done"] = True
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if not poutine.util.site_is_subsample(msg):

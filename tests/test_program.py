@@ -315,6 +315,30 @@ def test_a_structure_of_ones_own():
         program.encode(x)
 
 
+def test_discrete_latents_are_exact_and_encoded_by_their_mode():
+    class Mixture(LatentModel):
+        """c ~ Categorical(0.3, 0.7), x ~ N(mu_c, 1), with the exact posterior of c as guide."""
+
+        log_pi, mu = torch.tensor([0.3, 0.7]).log(), torch.tensor([-2.0, 2.0])
+
+        def joint(self, x):
+            return self.log_pi + dist.Normal(self.mu, 1.0).log_prob(x.unsqueeze(-1))
+
+        def model(self, x=None):
+            with data_plate(x):
+                c = pyro.sample("c", dist.Categorical(logits=self.log_pi))
+                return pyro.sample("x", dist.Normal(self.mu[c], 1.0), obs=x)
+
+        def guide(self, x):
+            with data_plate(x):
+                pyro.sample("c", dist.Categorical(logits=self.joint(x)))
+
+    x = torch.tensor([-3.0, -0.2, 0.1, 2.5])
+    result = evaluate(Mixture(), x, 30, progress=False)
+    assert_close(result.log_px, Mixture().joint(x).logsumexp(-1).double())
+    assert Mixture().encode(x).tolist() == Mixture().joint(x).argmax(-1).tolist() == [0, 1, 1, 1]
+
+
 @pytest.mark.usefixtures("float64")
 def test_several_observed_variables_are_arguments():
     class Labelled(LatentModel):
