@@ -227,9 +227,12 @@ def read_json(path: Path) -> Any:
         ValueError: for a file that is none.
     """
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, no object")
     except ValueError as error:
         raise ValueError(f"Expected a JSON file; got {path}: {error}") from error
+    return content
 
 
 def open_run(folder: Path, resume: bool) -> dict[str, Any] | None:
@@ -243,7 +246,11 @@ def open_run(folder: Path, resume: bool) -> dict[str, Any] | None:
     if resume:
         if not folder.is_dir():
             raise FileNotFoundError(f"Expected run_dir to be a run to resume; got {folder}, which does not exist")
-        return read_checkpoint(folder / CHECKPOINT) if (folder / CHECKPOINT).exists() else None
+        if (folder / CHECKPOINT).exists():
+            return read_checkpoint(folder / CHECKPOINT)
+        if (folder / WEIGHTS).exists():
+            raise FileNotFoundError(f"Expected {CHECKPOINT} in the run to resume; got {folder}, with weights alone")
+        return None
     if folder.exists() and (not folder.is_dir() or any(path.name != CONFIG for path in folder.iterdir())):
         raise FileExistsError(
             f"Expected run_dir to be a new or empty folder; got {folder}, which is not. "
@@ -267,10 +274,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError, KeyError) as error:
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError, LookupError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"Expected a checkpoint of pyrovae; got {path}, truncated or foreign: {reason}") from error
-    if not isinstance(content, dict) or "pyrovae" not in content:
+    if not isinstance(content, dict) or not {"pyrovae", "settings", "history", "program", "random"} <= content.keys():
         raise ValueError(f"Expected a checkpoint of pyrovae; got {path}, which is another program's")
     return content
 

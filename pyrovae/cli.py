@@ -142,6 +142,8 @@ def _parse(arguments: list[str]) -> Any:
         raise ValueError("Expected --out FOLDER with --resume; got none")
     stored = replace(_stored(command.out), out=command.out, resume=True)
     command = tyro.cli(Train, prog="pyrovae train", args=arguments[1:], default=stored)
+    if command.lr_final is not None and command.epochs != stored.epochs:
+        raise ValueError(f"Expected --epochs {stored.epochs}, over which --lr-final is reached; got {command.epochs}")
     for name, value in asdict(stored).items():
         if name not in MAY_CHANGE and getattr(command, name) != value:
             raise ValueError(f"Expected {name} to be {value}, as in the run to resume; got {getattr(command, name)}")
@@ -168,10 +170,8 @@ def _train(command: Train) -> None:
     _check_sizes(command)
     folder = command.out or Path("runs") / f"{Path(command.data).stem}-{datetime.now():%Y%m%d-%H%M%S}"
     checkpoint.open_run(folder, command.resume)
-    config = checkpoint.read_json(folder / checkpoint.CONFIG) if command.resume else {}
-    checkpoint.write_json(
-        folder / checkpoint.CONFIG, {**config, "command": asdict(command) | {"out": None, "resume": False}}
-    )
+    if not command.resume:
+        _record(command, splits, folder)
     torch.manual_seed(command.seed)
     program = models.VAE.mlp(
         splits.train["x"].shape[1],
@@ -202,6 +202,7 @@ def _train(command: Train) -> None:
         device=command.device,
         precision=command.precision,
     )
+    _record(command, splits, folder)
     best = max(history, key=lambda row: row["val_elbo"])
     seconds = sum(row["seconds"] for row in history)
     print(f"best epoch {best['epoch']} of {len(history)}, validation ELBO {best['val_elbo']:.3f}, {seconds:.0f} s\n")
@@ -235,6 +236,8 @@ def _compare(command: Compare, program: LatentModel | None = None) -> None:
     """`pyrovae compare`."""
     program, splits = _open(command.run, program)
     data = getattr(splits, command.part).select("x")
+    if command.num_data < 1:
+        raise ValueError(f"Expected --num-data to be positive; got {command.num_data}")
     data = data.rows(_spread(len(data), command.num_data))
     comparison = compare(program, data, command.num_particles, seed=command.seed)
     print(comparison)
@@ -258,6 +261,15 @@ def _sample(command: Sample) -> None:
 
         checkpoint.write_whole(command.npy, write)
         print(f"written to {command.npy}")
+
+
+def _record(command: Train, splits: data_sets.Splits, folder: Path) -> None:
+    """Write the command, and what became of the data, into the run's configuration."""
+    path = folder / checkpoint.CONFIG
+    config = checkpoint.read_json(path) if path.exists() else {}
+    sizes = {part: len(getattr(splits, part)) for part in ("train", "val", "test")}
+    data = {"name": splits.name, "binarize": splits.binarize, "shape": splits.shape, **sizes}
+    checkpoint.write_json(path, {**config, "command": asdict(command) | {"out": None, "resume": False}, "data": data})
 
 
 def _rate(command: Train) -> float | Callable[[int], float]:

@@ -14,10 +14,11 @@ from tqdm import tqdm
 
 from pyrovae.data import Batch, Data, as_data, count, stream
 from pyrovae.program import LatentModel
-from pyrovae.traces import Draw, Survey, check_arguments, draw, replayed_guide
+from pyrovae.traces import Draw, Survey, check_arguments, draw, replayed_guide, unscaled
 from pyrovae.weights import WeightSums
 
 K_HAT_LIMIT = 0.7
+STATISTICS = {"log_px": "log_mean", "elbo": "elbo", "standard_error": "standard_error", "ess": "ess", "k_hat": "k_hat"}
 ACTIVE_VARIANCE = 0.01
 NUMBERS_AT_ONCE = 2**22  # in the widest tensor that a chunk makes
 
@@ -136,26 +137,19 @@ def evaluate(
         True
     """
     check_arguments(program, num_particles)
-    results: list[WeightSums] = []
+    results: list[dict[str, Tensor]] = []
     units = _ActiveUnits()
     with program.inference(seed), pyro.validation_enabled(False):
         plan = _Plan.of(program, data, num_particles, batch_size, chunk_size)
         for first, part in plan.parts(f"log p(x), K = {num_particles}", progress):
-            results.append(WeightSums(num_particles))
+            sums = WeightSums(num_particles)
             for drawn in plan.draws(first, part):
-                results[-1].add(drawn.log_weights)
+                sums.add(drawn.log_weights)
                 units.add(drawn)
             units.end_of_chunk()
-
-    def gather(statistic: Callable[[WeightSums], Tensor]) -> Tensor:
-        return torch.cat([statistic(sums) for sums in results]).cpu()
-
+            results.append({name: getattr(sums, method)().cpu() for name, method in STATISTICS.items()})
     return Evaluation(
-        log_px=gather(WeightSums.log_mean),
-        elbo=gather(WeightSums.elbo),
-        standard_error=gather(WeightSums.standard_error),
-        ess=gather(WeightSums.ess),
-        k_hat=gather(WeightSums.k_hat),
+        **{name: torch.cat([part[name] for part in results]) for name in STATISTICS},
         num_particles=num_particles,
         dim=plan.survey.dim,
         active_units=units.count(),
@@ -282,8 +276,8 @@ class Comparison:
     Attributes:
         bounds: reference ELBO and exact value only where the program has them.
         num_data: N.
-        difference: largest difference of reference ELBO and Trace_ELBO over batches of data, at the same
-            latents; nats per datum; None without a reference.
+        difference: largest difference of reference ELBO and Trace_ELBO over all draws and batches of data, at the
+            same latents; nats per datum; None without a reference.
     """
 
     bounds: list[Bound]
@@ -303,7 +297,7 @@ class Comparison:
 def compare(
     program: LatentModel,
     data: Any,
-    num_particles: Sequence[int] = (1, 10, 100, 1000, 5000),
+    num_particles: int | Sequence[int] = (1, 10, 100, 1000, 5000),
     *,
     elbo_draws: int = 100,
     seed: int | None = None,
@@ -331,18 +325,22 @@ def compare(
         >>> [bound.name for bound in comparison.bounds]
         ['reference ELBO', 'Trace_ELBO', 'bound, K = 1', 'bound, K = 10', 'exact log p(x)']
     """
-    ks = sorted(set(num_particles))
+    ks = sorted({num_particles} if isinstance(num_particles, int) else set(num_particles))
     for k in ks or [0]:
         check_arguments(program, k)
     if elbo_draws < 1:
         raise ValueError(f"Expected elbo_draws to be at least 1; got {elbo_draws}")
-    if isinstance(data, Data) and data.dynamic:  # both passes must see the same bits
-        data = Data(next(data.batches(len(data))))
     columns: dict[str, list[_Column]] = {}
+    difference: float | None = None
     with program.inference(seed), pyro.validation_enabled(False):
+        if isinstance(data, Data) and data.dynamic:  # both passes must see the same bits
+            data = Data(next(data.batches(len(data))))
         for _, part in _Plan.of(program, data, 1).parts("ELBOs", progress):
-            for name, column in _elbos(program, part, elbo_draws).items():
+            elbos, apart = _elbos(program, part, elbo_draws)
+            for name, column in elbos.items():
                 columns.setdefault(name, []).append(column)
+            if apart is not None:
+                difference = max(apart, difference or 0.0)
         plan = _Plan.of(program, data, ks[-1])
         for first, part in plan.parts(f"bounds up to K = {ks[-1]}", progress):
             log_w = torch.cat([drawn.log_weights.double() for drawn in plan.draws(first, part)])
@@ -351,10 +349,6 @@ def compare(
             exact: Callable[..., Tensor] | None = getattr(program, "log_prob", None)
             if exact is not None:
                 columns.setdefault("exact log p(x)", []).append((exact(**part), 0.0))
-    difference = None
-    if "reference ELBO" in columns:
-        pairs = zip(columns["reference ELBO"], columns["Trace_ELBO"], strict=True)
-        difference = max((by_hand.mean() - pyros.mean()).abs().item() for (by_hand, _), (pyros, _) in pairs)
     particles = {f"bound, K = {k}": k for k in ks}
     bounds = []
     for name, parts in columns.items():
@@ -380,18 +374,27 @@ def _bound(log_w: Tensor, k: int) -> _Column:
     return values[0], (sums.standard_error() ** 2).sum().item()
 
 
-def _elbos(program: LatentModel, part: Batch, num_draws: int) -> dict[str, _Column]:
-    """Both ELBOs of each datum, averaged over draws; Pyro gives the sum over the data alone."""
+def _elbos(program: LatentModel, part: Batch, num_draws: int) -> tuple[dict[str, _Column], float | None]:
+    """Both ELBOs of each datum, averaged over draws, and how far they are apart at most, per datum, in one draw.
+
+    Pyro gives the sum over the data alone. Scales are stripped from it.
+    """
     by_hand: Callable[..., Tensor | None] = getattr(program, "reference_elbo", lambda **_: None)
     references: list[Tensor] = []
     sums = []
     for _ in range(num_draws):
         guide, latents = replayed_guide(program, part)
-        sums.append(-Trace_ELBO().loss(program.model, guide, **part))
+        sums.append(-Trace_ELBO().loss(unscaled(program.model), unscaled(guide), **part))
         reference = by_hand(**part, **latents)
         if reference is not None:
             references.append(reference)
     n, pyros = _rows(part), torch.tensor(sums, dtype=torch.float64)
     variance = pyros.var().item() / num_draws if num_draws > 1 else math.nan
-    elbos = {"reference ELBO": (torch.stack(references).mean(0), variance)} if references else {}
-    return elbos | {"Trace_ELBO": ((pyros.mean() / n).expand(n), variance)}
+    elbos: dict[str, _Column] = {}
+    apart = None
+    if references:
+        values = torch.stack(references).double().cpu()
+        elbos["reference ELBO"] = values.mean(0), variance
+        apart = ((values.sum(1) - pyros).abs().max() / n).item()
+    elbos["Trace_ELBO"] = (pyros.mean() / n).expand(n), variance
+    return elbos, apart

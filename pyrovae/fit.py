@@ -18,9 +18,10 @@ from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
 from pyrovae import checkpoint
+from pyrovae.conditionals.conditional import networks_in
 from pyrovae.data import Batch, Data, as_data, count, stream
 from pyrovae.evaluate import NUMBERS_AT_ONCE
-from pyrovae.program import LatentModel
+from pyrovae.program import LatentModel, check_keys
 from pyrovae.traces import Survey, check_arguments, draw
 
 History = list[dict[str, float]]
@@ -74,9 +75,11 @@ def fit(
         seed: of minibatches and noise; torch's random state is put back after. None goes on from the present one.
         run_dir: folder for config.json, metrics.csv, model.safetensors (the best weights), and checkpoint.pt,
             written after an epoch, once a second at most, and when training stops.
-        resume: go on from the checkpoint in `run_dir`, to the very weights that an undisturbed run reaches.
+        resume: go on from the checkpoint in `run_dir`, to the very weights that an undisturbed run reaches. Torch's,
+            NumPy's and Python's generators are put where they were; one of a DataLoader's own is not.
         device: auto, cpu, cuda or mps; the program stays there.
-        precision: 32-true (as the program's parameters are) or bf16-mixed (networks in bfloat16).
+        precision: 32-true (as the program's parameters are) or bf16-mixed (the networks of all
+            Conditionals in bfloat16; densities, weights and optimizer stay).
         progress: show a progress bar.
 
     Returns:
@@ -105,6 +108,14 @@ def fit(
             raise ValueError(f"Expected {name} to be one of {', '.join(known)}; got {value!r}")
     if patience is not None and val is None:
         raise ValueError("Expected val with patience: early stopping goes by the ELBO on validation data; got None")
+    if not isinstance(elbo or Trace_ELBO(), ELBO) or not hasattr(elbo or Trace_ELBO(), "differentiable_loss"):
+        raise ValueError(
+            f"Expected elbo to be a pyro.infer.ELBO with a differentiable_loss, as Trace_ELBO(); got {elbo!r}"
+        )
+    if optimizer is not None and not callable(optimizer):
+        raise ValueError(f"Expected optimizer to be a class or function of torch.optim; got {type(optimizer).__name__}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("Expected device to be one that is here; got 'cuda', and torch finds none")
     if resume and run_dir is None:
         raise ValueError("Expected run_dir with resume=True; got None")
     elbo, optimizer = elbo or Trace_ELBO(), optimizer or partial(torch.optim.Adam, fused=True)
@@ -137,8 +148,10 @@ def fit(
 
 def _check_positive(**values: float | None) -> None:
     for name, value in values.items():
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"Expected {name} to be positive; got {value}")
+        whole = name in ("epochs", "batch_size", "patience")
+        kind = int if whole else (int, float)
+        if value is not None and not (isinstance(value, kind) and value > 0 and math.isfinite(value)):
+            raise ValueError(f"Expected {name} to be a positive {'whole ' if whole else ''}number; got {value!r}")
 
 
 def _name(function: Callable[..., Any]) -> str:
@@ -179,7 +192,8 @@ class _Run:
     ):
         from lightning_fabric import Fabric
 
-        self.fabric = Fabric(accelerator=device, devices=1, precision=settings["precision"])
+        self.fabric = Fabric(accelerator=device, devices=1)
+        self.network_dtype = torch.bfloat16 if settings["precision"] == "bf16-mixed" else None
         self.program = program.to(self.fabric.device)
         self.settings, self.folder, self.rate = settings, folder, rate
         self.train, self.val = (
@@ -206,6 +220,7 @@ class _Run:
         survey = Survey.of(self.program, first, "train")
         for name, data in (("train", self.train), ("val", self.val)):
             if isinstance(data, Data) and not data.dynamic:
+                check_keys(data.tensors, self.program.model, self.program.guide)
                 survey.check_support(data.tensors, name)
         return survey
 
@@ -217,6 +232,9 @@ class _Run:
 
     def to_the_end(self, epochs: int, patience: int | None, progress: bool) -> None:
         """Train up to the last epoch, or until validation has not improved for `patience` epochs."""
+        if not self.history:  # one draw for each datum: what is wrong with them shows before hours of training
+            for name in ("train", "val") if self.val is not None else ("train",):
+                self._measure(name, limit=None)
         if self.folder is not None and not self.history:
             self._write_config()
             self._keep()
@@ -235,11 +253,11 @@ class _Run:
                     if time.monotonic() - self.written > SECONDS_BETWEEN_WRITES:
                         self._write()
         finally:
-            self._write()
             for module, mode in modes:
                 module.training = mode
             if self.best:
                 self.program.load_state_dict(self.best)
+            self._write()
 
     def _steps(self) -> int | None:
         """Steps in an epoch, where they are known."""
@@ -274,7 +292,7 @@ class _Run:
         bar.set_postfix_str(", ".join(shown))
 
     def _is_best(self, row: dict[str, float]) -> bool:
-        return self.best_epoch == 0 or row["val_elbo"] > self.history[self.best_epoch - 1]["val_elbo"]
+        return self.best_epoch == 0 or not self.history[self.best_epoch - 1]["val_elbo"] >= row["val_elbo"]
 
     def _step(self, batch: Batch) -> float:
         if not isinstance(self.train, Data) or self.train.dynamic:
@@ -282,7 +300,8 @@ class _Run:
         noise = torch.get_rng_state()
         self.optimizer.zero_grad()
         try:
-            loss = self.loss(batch)
+            with networks_in(self.network_dtype):
+                loss = self.loss(batch)
         except (RuntimeError, ValueError) as error:
             self._check_parameters(error)
             raise
@@ -294,7 +313,8 @@ class _Run:
             raise FloatingPointError(self._complaint(f"a loss of {value}", bad))
         self.fabric.backward(loss)
         if self.settings["grad_clip"] is not None:
-            self.fabric.clip_gradients(self.loss, self.optimizer, max_norm=self.settings["grad_clip"])
+            clip = self.settings["grad_clip"]
+            self.fabric.clip_gradients(self.loss, self.optimizer, max_norm=clip, error_if_nonfinite=False)
         self.optimizer.step()
         return value
 
@@ -307,22 +327,25 @@ class _Run:
         kept = "" if self.folder is None else f". The last good checkpoint is in {self.folder}"
         return f"Expected a finite loss; got {got} in epoch {len(self.history) + 1}: {where}{kept}"
 
-    def _measure(self, name: str) -> dict[str, float]:
+    def _measure(self, name: str, limit: int | None = MEASURED) -> dict[str, float]:
         """ELBO, log p(x | z) and KL with one draw for each datum."""
         data = self.val if name == "val" else self.train
         sums, seen = torch.zeros(3, dtype=torch.float64), 0
         rows = max(1, NUMBERS_AT_ONCE // self.survey.width)
         with self.program.inference(MEASURING_SEED):
-            if name == "train" and isinstance(data, Data) and len(data) > MEASURED:
-                data = data.rows(torch.randperm(len(data))[:MEASURED].to(self.fabric.device))
+            if name == "train" and isinstance(data, Data) and limit is not None and len(data) > limit:
+                data = data.rows(torch.randperm(len(data))[:limit].to(self.fabric.device))
             for batch in self._stream(data, name, rows):
+                check_keys(batch, self.program.model, self.program.guide)
                 self.survey.check_support(batch, name)
                 drawn = draw(self.program, batch, 1, self.survey)
                 terms = drawn.log_weights, drawn.log_px_z, drawn.kl
                 sums += torch.stack([term.double().sum().cpu() for term in terms])
                 seen += drawn.log_weights.shape[1]
-                if name == "train" and seen >= MEASURED:
+                if name == "train" and seen >= (limit or MEASURED) and not (limit is None and isinstance(data, Data)):
                     break
+        if seen == 0:
+            raise ValueError(f"Expected {name} to hold at least one datum; got an empty DataLoader")
         return dict(zip(("elbo", "log_px_z", "kl"), (sums / seen).tolist(), strict=True))
 
     def _write_config(self) -> None:

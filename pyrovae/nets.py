@@ -29,9 +29,12 @@ def _check_sizes(**sizes: int) -> None:
             raise ValueError(f"Expected {name} to be a positive whole number; got {size!r}")
 
 
-def _check_input(x: Tensor, dim: int) -> None:
+def _check_input(x: Tensor, dim: int, module: nn.Module) -> None:
     if x.dim() < 1 or x.shape[-1] != dim:
         raise ValueError(f"Expected the network's input to have shape (*, {dim}); got {tuple(x.shape)}")
+    dtype = next(module.parameters()).dtype
+    if x.dtype != dtype:
+        raise ValueError(f"Expected the network's input to have its weights' dtype, {dtype}; got {x.dtype}")
 
 
 def _glorot(module: nn.Module) -> None:
@@ -74,7 +77,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(*, in_dim)` to `(*, out_dim)`."""
-        _check_input(x, self.in_dim)
+        _check_input(x, self.in_dim, self)
         return self.layers(x)
 
 
@@ -134,7 +137,7 @@ class ConvEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(*, C * H * W)` to `(*, out_dim)`."""
-        _check_input(x, math.prod(self.image_shape))
+        _check_input(x, math.prod(self.image_shape), self)
         return self.layers(x.reshape(-1, *self.image_shape)).reshape(*x.shape[:-1], self.out_dim)
 
 
@@ -185,5 +188,5 @@ class ConvDecoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(*, in_dim)` to `(*, C * H * W)`."""
-        _check_input(x, self.in_dim)
+        _check_input(x, self.in_dim, self)
         return self.layers(x.reshape(-1, self.in_dim)).reshape(*x.shape[:-1], math.prod(self.image_shape))

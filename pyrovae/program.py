@@ -3,8 +3,9 @@
 import dis
 import functools
 import inspect
+import types
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -183,6 +184,12 @@ class LatentModel(nn.Module):
                         "its own initial value. For the stored one: as_program(..., params=pyro.get_param_store())",
                         stacklevel=4,
                     )
+                if isinstance(value, nn.Parameter):
+                    warnings.warn(
+                        f"{name!r} was met by pyro.module alone: its network was not found, so that buffers are not "
+                        "saved and train and eval mode not switched. Let model or guide refer to the network",
+                        stacklevel=4,
+                    )
                 parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value.detach().clone())
                 self.pyro_params[name.replace(".", _DOT)] = parameter
         kept = {_pyro_name(key) for key in self.pyro_params}
@@ -266,8 +273,9 @@ class FunctionProgram(LatentModel):
         self.nets = nn.ModuleDict()
         for role, function in (("model", model), ("guide", guide)):
             for name, module in _modules_of(function):
-                taken = name in self.nets and self.nets[name] is not module
-                self.nets[f"{role}_{name}" if taken else name] = module
+                while (name in self.nets and self.nets[name] is not module) or hasattr(nn.ModuleDict, name):
+                    name = f"{role}_{name}"
+                self.nets[name] = module
         self.__dict__.update(model=model, guide=guide)
 
 
@@ -280,10 +288,10 @@ def as_program(
 ) -> LatentModel:
     """A `LatentModel` from two plain Pyro functions, which stay as they are.
 
-    Every network that the functions refer to (as a global, through a closure, or as an attribute of the object
-    whose methods they are) and every `pyro.param` becomes part of the program: trained, saved, moved and switched
-    between train and eval. To keep a network fixed, set `requires_grad_(False)` on it. Networks are shared with
-    the functions, not copied; Pyro's global parameter store is neither read nor written.
+    Every network that the functions refer to (as a global, through a closure, a helper or a container, or as an
+    attribute of the object whose methods they are) and every `pyro.param` becomes part of the program: trained, saved,
+    moved and switched between train and eval. To keep a network fixed, set `requires_grad_(False)` on it. Networks are
+    shared with the functions, not copied; Pyro's global parameter store is neither read nor written.
 
     Args:
         model: called with a batch as keyword arguments.
@@ -314,20 +322,41 @@ def as_program(
 
 
 def _modules_of(function: Callable[..., Any]) -> Iterator[tuple[str, nn.Module]]:
-    """The networks that a function refers to, with the names that it has for them."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    owner = getattr(function, "__self__", function)
-    if isinstance(owner, nn.Module):
-        yield "self", owner
-    elif inspect.ismethod(function):
-        yield from _only_modules(vars(owner))
-    code = getattr(function, "__code__", None)
-    if code is not None:
-        yield from _only_modules(inspect.getclosurevars(function).nonlocals)
-        used = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
-        yield from _only_modules({name: getattr(function, "__globals__", {}).get(name) for name in sorted(used)})
+    """The networks that a function refers to, itself or through other functions, with its names for them."""
+    yield from _search("self", function, set())
 
 
-def _only_modules(values: Mapping[str, Any]) -> Iterator[tuple[str, nn.Module]]:
-    return ((name, value) for name, value in values.items() if isinstance(value, nn.Module))
+def _search(name: str, value: Any, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
+    if id(value) in seen or isinstance(value, type | types.ModuleType | Tensor | str | bytes):
+        return
+    seen.add(id(value))
+    if isinstance(value, nn.Module):
+        yield name, value
+        return
+    for key, part in _parts(value):
+        yield from _search(key, part, seen)
+
+
+def _parts(value: Any) -> Iterator[tuple[str, Any]]:
+    """What a function, a method, a handler around one, a container or an object refers to."""
+    if isinstance(value, functools.partial):
+        yield from _numbered([value.func, *value.args, *value.keywords.values()])
+    elif inspect.ismethod(value):
+        yield "self", value.__self__
+        yield "self", value.__func__
+    elif inspect.isfunction(value):
+        yield from inspect.getclosurevars(value).nonlocals.items()
+        used = {step.argval for step in dis.get_instructions(value) if step.opname == "LOAD_GLOBAL"}
+        yield from ((name, value.__globals__.get(name)) for name in sorted(used))
+    elif isinstance(value, dict):
+        yield from ((str(key), part) for key, part in value.items())
+    elif isinstance(value, list | tuple):
+        yield from _numbered(value)
+    elif not type(value).__module__.startswith(("builtins", "torch", "numpy")):
+        yield from getattr(value, "__dict__", {}).items()  # __wrapped__ among them
+        yield "call", getattr(type(value), "__call__", None)  # noqa: B004
+
+
+def _numbered(values: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    """Names for what has none."""
+    return ((f"part_{i}", value) for i, value in enumerate(values))

@@ -8,12 +8,14 @@ import pyro
 import pyro.poutine as poutine
 import torch
 from pyro.distributions.util import scale_and_mask
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook
 
 from pyrovae.data import Batch, as_batch, check_finite
 from pyrovae.program import LatentModel, check_keys
 
+FIRST = 1000  # data, at most, on which a program first runs and makes its parameters
 PARTICLES = "pyrovae particles"  # name of the plate: none that a program is likely to use itself
 
 
@@ -60,6 +62,8 @@ class Draw:
             except NotImplementedError:
                 value = site["value"]
             plate = next(frame for frame in site["cond_indep_stack"] if frame.name == self.plate_name)
+            if bool(value.isnan().all()):  # a class has no mean
+                continue
             value = value.movedim(plate.dim - site["fn"].event_dim, 0)  # data first, then the particles' plate
             if _together(site):
                 value = value.movedim(1, 0)
@@ -119,7 +123,7 @@ def log_weights(program: LatentModel, batch: Any, num_particles: int) -> Tensor:
 
 def check_arguments(program: Any, num_particles: int = 1) -> None:
     """Raises ValueError for what is not a `LatentModel`, or fewer particles than one."""
-    if not isinstance(num_particles, int) or num_particles < 1:
+    if isinstance(num_particles, bool) or not hasattr(num_particles, "__index__") or num_particles < 1:
         raise ValueError(f"Expected num_particles to be a whole number of at least 1; got {num_particles!r}")
     if not isinstance(program, LatentModel):
         raise ValueError(
@@ -162,9 +166,11 @@ class Survey:
         n = len(next(iter(two.values())))
         with torch.random.fork_rng(), program.inference():
             with pyro.validation_enabled(False), _Widest() as widest:
-                traces = _run(program, two)
+                _run(program, {key: value[:FIRST] for key, value in batch.items()})  # makes all parameters
+                widest.numel = 0
+                traces = _run_on(program, two)
                 nesting = _nesting(traces)
-                drawn = _read(program, traces, 1, n, nesting)
+                drawn = _read(program, traces, 1, n, nesting, supported=True)  # looked at below, under the data's name
             observed = [drawn.model_sites[site] for site in drawn.observed]
             sizes = [site["value"].numel() for site in (*drawn.guide_sites.values(), *drawn.model_sites.values())]
             survey = Survey(
@@ -176,7 +182,9 @@ class Survey:
                     key: (site["name"], site["fn"].support)
                     for key, value in two.items()
                     for site in observed
-                    if site["value"].data_ptr() == value.data_ptr() and site["value"].shape == value.shape
+                    if site["value"].data_ptr() == value.data_ptr()
+                    and site["value"].shape == value.shape
+                    and _is_fixed(site["fn"].support)
                 },
             )
             survey.check_support(two, name)
@@ -191,15 +199,25 @@ class Survey:
     def check_support(self, batch: Batch, name: str) -> None:
         """Raises ValueError where data lie outside the support of the site that observes them."""
         for key, (site, support) in self.supports.items():
-            inside = support.check(batch[key])
-            if bool(inside.all()):
-                continue
-            bad, binary = batch[key][~inside][0].flatten(), "boolean" in str(support).lower()
-            bad = bad[(bad != 0) & (bad != 1)] if binary else bad
-            raise ValueError(
-                f"Expected {name}[{key!r}] within the support of site {site!r}, {'{0, 1}' if binary else support}; "
-                f"got {bad[0].item():g}" + (". Binarize grey values, or choose another likelihood" if binary else "")
-            )
+            _check_support(f"{name}[{key!r}]", batch[key], site, support)
+
+
+def _is_fixed(support: Any) -> bool:
+    """Whether a support is the same for all data and latents."""
+    parts = [support, getattr(support, "base_constraint", None)]
+    return not any(isinstance(value, Tensor) for part in parts if part is not None for value in vars(part).values())
+
+
+def _check_support(name: str, value: Tensor, site: str, support: Any) -> None:
+    inside = support.check(value)
+    if bool(inside.all()):
+        return
+    bad, binary = value[~inside][0].flatten(), "boolean" in str(support).lower()
+    bad = bad[(bad != 0) & (bad != 1)] if binary else bad
+    raise ValueError(
+        f"Expected {name} within the support of site {site!r}, {'{0, 1}' if binary else support}; "
+        f"got {bad[0].item():g}" + (". Binarize grey values, or choose another likelihood" if binary else "")
+    )
 
 
 class _Widest:
@@ -232,6 +250,27 @@ def draw(program: LatentModel, batch: Batch, num_particles: int, survey: Survey)
         return _read(program, traces, num_particles, n, survey.nesting + 1)
     rows = {key: value.repeat(num_particles, *[1] * (value.dim() - 1)) for key, value in batch.items()}
     return _read(program, _run(program, rows), num_particles, n, survey.nesting)
+
+
+def _run_on(program: LatentModel, rows: Batch) -> "Traces":
+    """Run on a few rows; an error names that as its cause."""
+    try:
+        return _run(program, rows)
+    except RuntimeError as error:
+        raise ValueError(
+            "Expected a program that runs on any number of data; it ran on more, and on "
+            f"{len(next(iter(rows.values())))} it fails: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def unscaled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A program without its scales."""
+    return _Unscaled()(function)
+
+
+class _Unscaled(Messenger):
+    def _pyro_sample(self, msg: Any) -> None:
+        msg["scale"] = 1.0
 
 
 def replayed_guide(program: LatentModel, batch: Batch) -> tuple[Callable[..., Any], dict[str, Tensor]]:
@@ -285,7 +324,7 @@ def _broadcasts(program: LatentModel, batch: Batch, nesting: int) -> bool:
     try:
         traces = _run(program, batch, 2, nesting)
         together = _read(program, traces, 2, n, nesting + 1)
-    except (RuntimeError, ValueError, IndexError):  # a network that does not broadcast: torch says so in many ways
+    except Exception:  # a network that does not broadcast says so in many ways, and each datum is repeated instead
         return False
     for k in range(2):
         alone = _read(program, _run(program, batch, latents=_particle(traces[0], k, nesting)), 1, n, nesting)
@@ -305,12 +344,15 @@ def _particle(guide_trace: poutine.Trace, k: int, nesting: int) -> poutine.Trace
     return particle
 
 
-def _read(program: LatentModel, traces: Traces, num_particles: int, n: int, dims: int) -> Draw:
+def _read(program: LatentModel, traces: Traces, num_particles: int, n: int, dims: int, supported: bool = False) -> Draw:
     guide, model = map(_sites, traces)
     latents = [name for name, site in model.items() if not site["is_observed"]]
     _check_latents(latents, guide)
     if len(latents) == len(model):
         raise ValueError(f"Expected the model to observe data; got only latent sites, {sorted(latents)}")
+    for name, site in model.items():
+        if not supported and site["is_observed"] and _is_fixed(site["fn"].support) and site["mask"] is None:
+            _check_support("values", site["value"], name, site["fn"].support)
     log_q = {name: _log_prob(program, site, num_particles, n, dims) for name, site in guide.items()}
     log_p = {name: _log_prob(program, site, num_particles, n, dims) for name, site in model.items()}
     return Draw(

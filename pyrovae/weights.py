@@ -74,8 +74,8 @@ def pareto_k_hat(largest: Tensor) -> Tensor:
         largest: the M + 1 largest log-weights `(M + 1, N)` in descending order; the last is where the tail begins.
 
     Returns:
-        `(N,)`: 0 where the tail has no width; NaN where M < 5, or where a quarter of it is tied with its lower end;
-        infinity where it is too wide for float64.
+        `(N,)`: 0 where the tail has no width; NaN where M < 5, where a quarter of it is tied with its lower end, or
+        where all weights are zero; infinity where it is too wide for float64.
 
     Source:
         Zhang and Stephens (2009), with the weakly informative prior of Vehtari et al. (2024), appendix C.
@@ -96,4 +96,5 @@ def pareto_k_hat(largest: Tensor) -> Tensor:
     k_hat = (size * shape + 5) / (size + 10)
     underflown = k_hat.isnan() & (largest[size - int(size / 4 + 0.5)] > largest[-1])
     k_hat = torch.where(underflown, torch.inf, k_hat)
-    return torch.where(largest[0] > largest[-1], k_hat, torch.zeros_like(k_hat))
+    k_hat = torch.where(largest[0] > largest[-1], k_hat, torch.zeros_like(k_hat))
+    return torch.where(largest[0] == -torch.inf, torch.nan, k_hat)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pyrovae import evaluate, load
-from pyrovae.cli import main
+from pyrovae.cli import Train, _rate, _spread, main
 from pyrovae.data import load as load_data
 
 SMALL = ["--epochs", "2", "--hidden", "20", "--z-dim", "2", "--num-particles", "20"]
@@ -36,6 +36,8 @@ def test_train_leaves_all_that_a_run_folder_holds(trained):
     assert all((trained / name).read_bytes()[:4] == b"\x89PNG" for name in pictures)
     config = json.loads((trained / "config.json").read_text())
     assert config["command"]["binarize"] == "auto"
+    assert config["data"] == {"name": "digits", "binarize": "dynamic", "shape": [1, 8, 8], "train": 1437, "val": 180,
+                              "test": 180}  # fmt: skip
     assert config["fit"]["batch_size"] == 100
     assert config["program"]["class"] == "VAE"
     assert len((trained / "metrics.csv").read_text().splitlines()) == 3
@@ -74,6 +76,22 @@ def test_resume_goes_on_with_the_runs_own_settings(trained, monkeypatch, tmp_pat
     assert json.loads((half / "config.json").read_text())["command"]["epochs"] == 4
 
 
+def test_the_rate_falls_geometrically_and_its_horizon_is_kept(monkeypatch, capsys, tmp_path):
+    rate = _rate(Train(lr=1e-2, lr_final=1e-4, epochs=5))
+    assert [rate(epoch) for epoch in range(1, 6)] == pytest.approx([1e-2, 10**-2.5, 1e-3, 10**-3.5, 1e-4])
+    run(monkeypatch, "train", *SMALL, "--lr-final", "1e-4", "--out", tmp_path / "r")
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "train", "--out", tmp_path / "r", "--resume", "--epochs", "9")
+    assert "Expected --epochs 2, over which --lr-final is reached; got 9" in capsys.readouterr().err
+    assert json.loads((tmp_path / "r" / "config.json").read_text())["command"]["epochs"] == 2
+
+
+def test_what_is_compared_is_spread_over_the_data():
+    assert list(range(100))[_spread(100, 10)] == list(range(0, 100, 10))
+    assert len(list(range(101))[_spread(101, 10)]) <= 10
+    assert list(range(7))[_spread(7, 10)] == list(range(7))
+
+
 @pytest.mark.parametrize("posterior", ["diagonal", "full"])
 @pytest.mark.parametrize("likelihood", ["bernoulli", "unit-normal", "normal"])
 def test_every_family_trains_on_ones_own_file(posterior, likelihood, monkeypatch, tmp_path, capsys):
@@ -95,7 +113,7 @@ def test_every_family_trains_on_ones_own_file(posterior, likelihood, monkeypatch
         (["train", "--z-dim", "0"], "Expected --z-dim to be positive; got 0"),
         (["train", "--hidden", "3", "-1"], "Expected --hidden to be positive; got -1"),
         (["train", "--num-particles", "0"], "Expected --num-particles to be positive; got 0"),
-        (["train", "--lr", "-1"], "Expected lr to be positive; got -1.0"),
+        (["train", "--lr", "-1"], "Expected lr to be a positive number; got -1.0"),
         (["train", "--out", "RUN"], "Expected run_dir to be a new or empty folder"),
         (["train", "--resume"], "Expected --out FOLDER with --resume; got none"),
         (["train", "--resume", "--out", "nowhere"], "Expected a run folder; got nowhere, which has no config.json"),
@@ -103,6 +121,9 @@ def test_every_family_trains_on_ones_own_file(posterior, likelihood, monkeypatch
             ["train", "--resume", "--out", "RUN", "--lr", "0.5"],
             "Expected lr to be 0.001, as in the run to resume; got 0.5",
         ),
+        (["compare", "RUN", "--num-data", "0"], "Expected --num-data to be positive; got 0"),
+        (["train", "--lr-final", "-1"], "Expected --lr and --lr-final to be positive; got 0.001 and -1.0"),
+        (["train", "--device", "cuda"], "Expected device to be one that is here; got 'cuda'"),
         (["evaluate", "nowhere"], "Expected a run folder; got nowhere"),
         (["evaluate", "RUN", "--num-particles", "0"], "num_particles to be a whole number of at least 1; got 0"),
         (["compare", "RUN", "--num-particles", "0"], "num_particles to be a whole number of at least 1; got 0"),

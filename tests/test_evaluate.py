@@ -11,7 +11,18 @@ from pyro.infer import Trace_ELBO
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyrovae import VAE, LatentModel, LinearGaussian, as_program, compare, data_plate, evaluate, log_weights, reference
+from pyrovae import (
+    VAE,
+    LatentModel,
+    LinearGaussian,
+    as_program,
+    compare,
+    data_plate,
+    evaluate,
+    fit,
+    log_weights,
+    reference,
+)
 from pyrovae.conditionals import DiagonalNormal
 from pyrovae.data import Data
 from pyrovae.weights import WeightSums
@@ -286,7 +297,8 @@ BAD = {
     "grey values": (VAE.mlp(6, 2), X + 0.5, {}, r"data\['x'\] within the support of site 'x', \{0, 1\}; got 0.5"),
     "NaN": (VAE.mlp(6, 2), X / 0, {}, r"Expected finite values in data\['x'\]; got nan at index \[0, 0\]"),
     "infinity": (VAE.mlp(6, 2), (X + 1) / 0, {}, r"got inf at index \[0, 0\]"),
-    "input of the wrong size": (VAE.mlp(7, 2), X, {}, r"shape \(\*, 7\); got \(2, 6\)"),
+    "input of the wrong size": (VAE.mlp(7, 2), X, {}, r"shape \(\*, 7\); got \(5, 6\)"),
+    "float64 data": (VAE.mlp(6, 2), X.double(), {}, r"weights' dtype, torch.float32; got torch.float64"),
     "output of the wrong size": (VAE(VAE.mlp(7, 2).prior, VAE.mlp(7, 2).likelihood, VAE.mlp(6, 2).posterior), X, {},
                                  r"values of shape \(\*, 7\) at site 'x'; got \(2, 6\)"),
     "empty": (VAE.mlp(6, 2), X[:0], {}, r"Expected data to hold at least one datum"),
@@ -309,9 +321,10 @@ def test_bad_input(program, x, options, message):
 
 
 @pytest.mark.parametrize(
-    ("dim", "message"), [(6, r"at site x dim -1, 2 vs 6"), (2, r"batch dimensions of site 'x'.*lack .to_event")]
+    ("n", "dim", "message"),
+    [(5, 6, r"at site x dim -1, 5 vs 6"), (2, 2, r"batch dimensions of site 'x'.*lack .to_event")],
 )
-def test_forgotten_to_event_is_named(dim, message):
+def test_forgotten_to_event_is_named(n, dim, message):
     def model(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -322,7 +335,7 @@ def test_forgotten_to_event_is_named(dim, message):
             pyro.sample("z", dist.Normal(x.mean(-1), 1.0))
 
     with pytest.raises(ValueError, match=message):
-        evaluate(as_program(model, guide), torch.zeros(5, dim), 3, progress=False)
+        evaluate(as_program(model, guide), torch.zeros(n, dim), 3, progress=False)
 
 
 def test_a_plate_of_another_length_is_named():
@@ -387,3 +400,77 @@ def test_impossible_data_have_log_px_minus_infinity():
         result = evaluate(Certain.mlp(6, 2), x, 30, progress=False)
     assert result.log_px[1] < -50
     assert torch.isfinite(result.log_px[0])
+
+
+@pytest.mark.parametrize("reshape", [lambda x: x.reshape(-1, 6), lambda x: x * 1.0])
+def test_grey_values_are_refused_however_they_are_observed(reshape):
+    """As in Pyro's own example: reshaped, and with validation switched off at the site."""
+
+    class Careless(VAE):
+        def model(self, x=None):
+            with data_plate(x):
+                z = pyro.sample("z", self.prior())
+                logits = self.likelihood.eta(z)
+                return pyro.sample("x", dist.Bernoulli(logits=logits, validate_args=False).to_event(1), obs=reshape(x))
+
+    x = torch.zeros(30, 6)
+    x[20] = 0.5
+    for verb in (evaluate, fit):
+        with pytest.raises(ValueError, match=r"within the support of site 'x', \{0, 1\}; got 0.5"):
+            verb(Careless.mlp(6, 2), x, progress=False)
+
+
+def test_supports_that_depend_on_the_datum_are_left_to_the_density():
+    class Counts(VAE):
+        def model(self, x=None):
+            with data_plate(x):
+                z = pyro.sample("z", self.prior())
+                return pyro.sample("x", dist.Binomial(10, logits=self.likelihood.eta(z)).to_event(1), obs=x)
+
+    program, x = Counts.mlp(6, 2), torch.randint(11, (50, 6)).float()
+    fit(program, x, epochs=1, progress=False)
+    assert torch.isfinite(evaluate(program, x, 5, progress=False).log_px).all()
+
+
+def test_comparing_dynamic_data_repeats_with_the_seed_and_leaves_the_random_state():
+    program, data = VAE.mlp(6, 2), Data(torch.rand(20, 6), dynamic=True)
+    state = torch.get_rng_state()
+    first, second = (compare(program, data, (1, 3), seed=0, progress=False) for _ in range(2))
+    assert first == second
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_scaled_program_is_compared_without_its_scales():
+    plain = VAE.mlp(6, 2)
+
+    class Scaled(VAE):
+        def model(self, x=None):
+            with pyro.poutine.scale(scale=600.0):
+                return super().model(x)
+
+        def guide(self, x):
+            with pyro.poutine.scale(scale=600.0):
+                super().guide(x)
+
+    scaled = Scaled(plain.prior, plain.likelihood, plain.posterior)
+    one, other = (compare(program, X, 5, seed=0, progress=False) for program in (plain, scaled))
+    assert [bound.value for bound in other.bounds] == pytest.approx([bound.value for bound in one.bounds], rel=1e-5)
+    assert other.difference < 1e-5
+
+
+def test_a_wrong_reference_shows_as_a_difference():
+    class Wrong(VAE):
+        def reference_elbo(self, x, z):
+            return super().reference_elbo(x, z) + 0.25
+
+    assert compare(Wrong.mlp(6, 2), X, 5, seed=0, progress=False).difference == pytest.approx(0.25, abs=1e-4)
+
+
+def test_exact_log_px_of_an_ill_conditioned_model_in_float32():
+    program = LinearGaussian(200, 5)
+    with torch.no_grad():
+        program.log_sigma.fill_(-4.0)
+    x = program.sample(20)
+    exact = program.log_prob(x)
+    assert exact.dtype == torch.float32
+    assert_close(exact.double(), program.double().log_prob(x.double()), rtol=1e-6, atol=1e-3)

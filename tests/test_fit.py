@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from pyrovae import VAE, LatentModel, LinearGaussian, as_program, checkpoint, data_plate, fit, reference
-from pyrovae.conditionals import Bernoulli, DiagonalNormal, UnitNormal
+from pyrovae.conditionals import Bernoulli, DiagonalNormal, FullNormal, UnitNormal
 from pyrovae.data import Data
 
 quiet = partial(fit, progress=False)
@@ -305,15 +305,21 @@ BAD = {
     "grey in a later batch": (vae, torch.cat([X, X + 0.25]), {"batch_size": 20}, r"train\['x'\].*got 0.25"),
     "grey in a DataLoader": (vae, DataLoader(torch.cat([X, X + 0.25]), 20), {}, r"train\['x'\].*got 0.25"),
     "grey in val": (vae, X, {"val": X + 0.25}, r"val\['x'\] within the support"),
-    "size": (vae, torch.zeros(20, 5), {}, r"shape \(\*, 4\); got \(2, 5\)"),
+    "size": (vae, torch.zeros(20, 5), {}, r"shape \(\*, 4\); got \(20, 5\)"),
     "empty": (vae, X[:0], {}, r"Expected train to hold at least one datum"),
-    "epochs": (vae, X, {"epochs": 0}, r"Expected epochs to be positive; got 0"),
-    "batch size": (vae, X, {"batch_size": -1}, r"Expected batch_size to be positive; got -1"),
-    "rate": (vae, X, {"lr": float("nan")}, r"Expected lr to be positive; got nan"),
-    "clip": (vae, X, {"grad_clip": 0.0}, r"Expected grad_clip to be positive; got 0.0"),
+    "epochs": (vae, X, {"epochs": 0}, r"Expected epochs to be a positive whole number; got 0"),
+    "batch size": (vae, X, {"batch_size": -1}, r"Expected batch_size to be a positive whole number; got -1"),
+    "rate": (vae, X, {"lr": float("nan")}, r"Expected lr to be a positive number; got nan"),
+    "clip": (vae, X, {"grad_clip": 0.0}, r"Expected grad_clip to be a positive number; got 0.0"),
     "patience": (vae, X, {"patience": 3}, r"Expected val with patience"),
     "device": (vae, X, {"device": "tpux"}, r"Expected device to be one of auto, cpu, cuda, mps; got 'tpux'"),
     "precision": (vae, X, {"precision": "8"}, r"Expected precision to be one of 32-true, bf16-mixed; got '8'"),
+    "elbo": (vae, X, {"elbo": Trace_ELBO}, r"Expected elbo to be a pyro.infer.ELBO with a differentiable_loss"),
+    "optimizer": (vae, X, {"optimizer": 3}, r"Expected optimizer to be a class or function of torch.optim; got int"),
+    "half an epoch": (vae, X, {"epochs": 2.5}, r"Expected epochs to be a positive whole number; got 2.5"),
+    "val of another size": (vae, X, {"val": torch.zeros(5, 3)}, r"shape \(\*, 4\); got \(5, 3\)"),
+    "val of another name": (vae, X, {"val": {"w": X}}, r"Expected a batch for model\(x: .*; got w"),
+    "empty val": (vae, X, {"val": DataLoader(X, 30, drop_last=True)}, r"Expected val to hold at least one datum"),
     "resume what": (vae, X, {"resume": True}, r"Expected run_dir with resume=True; got None"),
     "lacking latent": (lambda: lopsided("z", "w"), X, {}, r"the guide lacks z: the model lacks w"),
     "no parameters": (NothingToLearn, X, {}, r"Expected a program with parameters to train; got none"),
@@ -367,3 +373,83 @@ def test_a_checkpoint_of_another_program_is_refused(tmp_path):
     torch.save({"epoch": 3}, tmp_path / "r" / "checkpoint.pt")
     with pytest.raises(ValueError, match=r"which is another program's"):
         quiet(vae(), X, epochs=2, run_dir=tmp_path / "r", seed=0, resume=True)
+
+
+def test_weights_without_a_checkpoint_are_not_overwritten_by_resuming(tmp_path):
+    quiet(vae(), X, epochs=1, run_dir=tmp_path / "r", seed=0)
+    (tmp_path / "r" / "checkpoint.pt").unlink()
+    held = (tmp_path / "r" / "model.safetensors").read_bytes()
+    with pytest.raises(FileNotFoundError, match=r"Expected checkpoint.pt in the run to resume; got .*weights alone"):
+        quiet(vae(), X, epochs=2, run_dir=tmp_path / "r", seed=0, resume=True)
+    assert (tmp_path / "r" / "model.safetensors").read_bytes() == held
+
+
+def test_the_rate_of_each_epoch_is_the_one_that_is_given():
+    x, program = correlated(30), LinearGaussian(4, 1)
+    steps, before = [], program.bias.detach().clone()
+    seen = []
+
+    def rate(epoch):
+        steps.append((program.bias.detach() - before).norm().item())
+        seen.append(epoch)
+        return 1.0 if epoch == 2 else 1e-9
+
+    quiet(program, x, epochs=3, batch_size=30, lr=rate, optimizer=torch.optim.SGD, grad_clip=0.01, seed=0)
+    assert seen[-3:] == [1, 2, 3]
+    assert steps[-2] < 1e-6 < 1e-5 < steps[-1], "nothing moves in the first epoch, much in the second"
+
+
+@pytest.mark.parametrize("posterior", [DiagonalNormal, FullNormal])
+def test_bfloat16_is_for_networks_alone(posterior):
+    dtypes = set()
+
+    class Noting(VAE):
+        def guide(self, x):
+            q = self.posterior(x)
+            if self.training:
+                dtypes.update({q.mean.dtype, q.rsample().dtype, q.log_prob(q.mean).dtype})
+            super().guide(x)
+
+    torch.manual_seed(0)
+    program = Noting.mlp(4, 2, likelihood=UnitNormal, posterior=posterior)
+    inner = []
+    program.posterior.net.layers[0].register_forward_hook(
+        lambda module, x, y: inner.append(y.dtype) if program.training else None
+    )
+    history = quiet(program, correlated(100), epochs=5, batch_size=10, seed=0, precision="bf16-mixed")
+    assert set(inner) == {torch.bfloat16}
+    assert dtypes == {torch.float32}
+    assert {p.dtype for p in program.parameters()} == {torch.float32}
+    assert history[-1]["elbo"] > history[0]["elbo"] + 0.5
+
+
+def test_initial_values_that_come_from_data_come_from_the_first_minibatch():
+    def model(x):
+        shift = pyro.param("shift", lambda: x.mean(0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z + shift, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 1.0).to_event(1))
+
+    x = correlated(50)
+    program = as_program(model, guide)
+    quiet(program, DataLoader(x, 50), epochs=1, lr=1e-9)
+    assert_close(program.pyro_params["shift"].detach(), x.mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_parameters_for_each_datum_are_refused_with_the_reason():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        loc = pyro.param("loc", lambda: torch.zeros(len(x), 4))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+
+    with pytest.raises(ValueError, match=r"Expected a program that runs on any number of data|Shape mismatch"):
+        quiet(as_program(model, guide), correlated(20), epochs=1)

@@ -1,5 +1,7 @@
 """LatentModel, data_plate, as_program: foreign programs, scopes, and the generic uses of a program."""
 
+import functools
+import types
 import warnings
 
 import pyro
@@ -423,3 +425,92 @@ def test_data_plate_is_the_bare_plate():
         assert pyro.sample("z", dist.Normal(0.0, 1.0)).shape == ()
     frame = poutine.trace(lambda: VAE.mlp(6, 2).guide(x)).get_trace().nodes["z"]["cond_indep_stack"][0]
     assert (frame.name, frame.dim, frame.size) == ("data", -1, 3)
+
+
+def hidden_network_programs():
+    """The same network, reached in the ways that people reach it."""
+
+    def programs(net, refer):
+        def model(x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+                pyro.sample("x", dist.Normal(refer()(z), 1.0).to_event(1), obs=x)
+
+        def guide(x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(x / 2, 1.0).to_event(1))
+
+        return model, guide
+
+    class Callable:
+        def __init__(self, function):
+            self.function = function
+
+        def __call__(self, x):
+            return self.function(x)
+
+    net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    namespace, listed, keyed = types.SimpleNamespace(net=net), [net], {"net": net}
+
+    def helper():
+        return net
+
+    model, guide = programs(net, lambda: namespace.net)
+    yield "namespace", model, guide, net
+    yield "list", *programs(net, lambda: listed[0]), net
+    yield "dict", *programs(net, lambda: keyed["net"]), net
+    yield "helper", *programs(net, lambda: helper()), net
+    yield "handler", poutine.scale(model, scale=2.0), guide, net
+    yield "callable object", Callable(model), guide, net
+    yield "partial", functools.partial(model), guide, net
+
+
+@pytest.mark.parametrize(("name", "model", "guide", "net"), list(hidden_network_programs()))
+def test_networks_are_found_wherever_they_are_kept(name, model, guide, net):
+    program = as_program(model, guide)
+    assert list(program.nets.values()) == [net]
+    assert sum(key.endswith("running_mean") for key in program.state_dict()) == 1
+    seen = net[1].running_mean.clone()
+    evaluate(program, torch.randn(6, 2), 4, progress=False)
+    assert torch.equal(net[1].running_mean, seen)
+
+
+def test_a_network_that_is_not_found_is_told():
+    class Opaque:
+        __slots__ = ("net",)
+
+    opaque = Opaque()
+    opaque.net = nn.Linear(2, 2)
+
+    def model(x):
+        pyro.module("hidden", opaque.net)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(opaque.net(z), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 1.0).to_event(1))
+
+    program, x, before = as_program(model, guide), torch.randn(20, 2), opaque.net.weight.detach().clone()
+    with pytest.warns(UserWarning, match=r"'hidden\$\$\$\w+' was met by pyro.module alone"):
+        fit(program, x, epochs=1, progress=False)
+    assert not torch.equal(opaque.net.weight, before), "trained all the same"
+
+
+def test_the_readmes_own_loops_train():
+    x = binary(20, 6)
+    for loop in ("SVI", "module form"):
+        program = VAE.mlp(6, 2)
+        before = [p.detach().clone() for p in program.parameters()]
+        if loop == "SVI":
+
+            def model(x, program=program):
+                pyro.module("program", program)
+                return program.model(x)
+
+            SVI(model, program.guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO()).step(x)
+        else:
+            Trace_ELBO()(program.model, program.guide)(x).backward()
+            torch.optim.Adam(program.parameters()).step()
+        assert not any(torch.equal(p, q) for p, q in zip(before, program.parameters(), strict=True))

@@ -1,7 +1,9 @@
 """The noun that carries the library: p(a | parents)."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Self
 
 import torch
@@ -9,6 +11,18 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin as Dist
 from torch import Tensor, nn
 
 from pyrovae.nets import MLP, Activation
+
+_NETWORK_DTYPE: ContextVar[torch.dtype | None] = ContextVar("_NETWORK_DTYPE", default=None)
+
+
+@contextmanager
+def networks_in(dtype: torch.dtype | None) -> Iterator[None]:
+    """Run the networks of all Conditionals in this dtype, never their densities; None leaves them alone."""
+    token = _NETWORK_DTYPE.set(dtype)
+    try:
+        yield
+    finally:
+        _NETWORK_DTYPE.reset(token)
 
 
 class Conditional(nn.Module, ABC):
@@ -94,5 +108,7 @@ class Conditional(nn.Module, ABC):
             return self.net()
         batch_shape = torch.broadcast_shapes(*(parent.shape[:-1] for parent in parents))
         joined = torch.cat([parent.expand(*batch_shape, parent.shape[-1]) for parent in parents], -1)
-        # under mixed precision the network alone is in bfloat16, never the density
-        return self.net(joined.reshape(-1, joined.shape[-1])).reshape(*batch_shape, -1).to(joined.dtype)
+        dtype = _NETWORK_DTYPE.get()
+        with torch.autocast(joined.device.type, dtype, enabled=dtype is not None):
+            eta = self.net(joined.reshape(-1, joined.shape[-1]))
+        return eta.reshape(*batch_shape, -1).to(joined.dtype)

@@ -152,9 +152,10 @@ class LinearGaussian(LatentModel):
         return dist.MultivariateNormal(mean, precision_matrix=m / variance)
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """log p(x), exact, for x `(*, X)`: `(*)`, in nats."""
-        variance = (2 * self.log_sigma).exp().expand(self.x_dim)
-        return dist.LowRankMultivariateNormal(self.bias, self.weight, variance).log_prob(x)
+        """log p(x), exact, for x `(*, X)`: `(*)`, in nats; in float64, for W W^T + s^2 I may be ill-conditioned."""
+        variance = (2 * self.log_sigma.double()).exp().expand(self.x_dim)
+        p_x = dist.LowRankMultivariateNormal(self.bias.double(), self.weight.double(), variance)
+        return p_x.log_prob(x.double()).to(x.dtype)
 
     def reference_elbo(self, x: Tensor, z: Tensor) -> Tensor | None:
         """The hand-written one-draw ELBO `(*, N)` at the noise behind z `(*, N, D)`.
