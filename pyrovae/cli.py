@@ -249,6 +249,8 @@ def _sample(command: Sample) -> None:
     import numpy as np
     import torch
 
+    if command.npy is not None and command.npy.suffix != ".npy":
+        raise ValueError(f"Expected --npy to name a .npy file; got {command.npy}")
     program, splits = _open(command.run)
     torch.manual_seed(command.seed)
     _draw(plots.samples(program, command.n, splits.shape), command.run / "samples.png")

@@ -66,6 +66,8 @@ class MLP(nn.Module):
 
     def __init__(self, in_dim: int, out_dim: int, hidden: Sequence[int] = (200, 200), activation: Activation = "tanh"):
         super().__init__()
+        if isinstance(hidden, int):
+            raise ValueError(f"Expected hidden to be a sequence of sizes, as (200, 200); got {hidden}")
         self.in_dim, self.out_dim, self.hidden, self.activation = in_dim, out_dim, tuple(hidden), activation
         _check_sizes(in_dim=in_dim, out_dim=out_dim, **{f"hidden[{i}]": size for i, size in enumerate(hidden)})
         sizes, function = [in_dim, *hidden], _activation(activation)

@@ -121,6 +121,7 @@ def test_every_family_trains_on_ones_own_file(posterior, likelihood, monkeypatch
             ["train", "--resume", "--out", "RUN", "--lr", "0.5"],
             "Expected lr to be 0.001, as in the run to resume; got 0.5",
         ),
+        (["sample", "RUN", "--npy", "RUN/model.safetensors"], "Expected --npy to name a .npy file; got "),
         (["compare", "RUN", "--num-data", "0"], "Expected --num-data to be positive; got 0"),
         (["train", "--lr-final", "-1"], "Expected --lr and --lr-final to be positive; got 0.001 and -1.0"),
         (["train", "--device", "cuda"], "Expected device to be one that is here; got 'cuda'"),
@@ -136,7 +137,7 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message, trained, monk
     monkeypatch.setenv("PYROVAE_DATA", "/nowhere")
     held = (trained / "model.safetensors").read_bytes()
     with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, *[trained if word == "RUN" else word for word in arguments])
+        run(monkeypatch, *[word.replace("RUN", str(trained)) for word in arguments])
     assert stop.value.code == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("pyrovae: error: ")

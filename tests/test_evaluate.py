@@ -205,7 +205,10 @@ def test_summary_means_and_errors():
     s = result.summary()
     assert s["log_px"] == pytest.approx(result.log_px.mean().item())
     assert s["log_px_error"] == pytest.approx(result.log_px.numpy().std(ddof=1) / 50**0.5)
+    assert s["elbo_error"] == pytest.approx(result.elbo.numpy().std(ddof=1) / 50**0.5)
     assert s["bits_per_dim"] == pytest.approx(-s["log_px"] / 6 / math.log(2))
+    assert s["bits_per_dim_error"] == pytest.approx(s["log_px_error"] / 6 / math.log(2))
+    assert s["ess"] == pytest.approx(result.ess.mean().item())
     assert s["log_px_sampling_error"] == pytest.approx((result.standard_error**2).sum().item() ** 0.5 / 50)
     assert s["k_hat_above_0.7"] == (result.k_hat > 0.7).sum().item() / 50
     assert (s["num_data"], s["num_particles"]) == (50, 100)
@@ -246,6 +249,10 @@ def test_comparison_against_its_parts():
     spread = first.reshape(20, 1000, 30).mean((1, 2)).std().item()
     ours = next(b for b in comparison.bounds if b.name == "bound, K = 1").sampling_error
     assert ours == pytest.approx(spread, rel=5 / (2 * 19) ** 0.5), "of 1000 draws for each datum"
+    of_100 = first.reshape(200, 100, 30).mean((1, 2)).std().item()
+    for bound in comparison.bounds[:2]:
+        rate = 5 * (1 / 2 / 99 + 1 / 2 / 199) ** 0.5
+        assert bound.sampling_error == pytest.approx(of_100, rel=rate), "of 100 draws for each datum"
     lines = str(comparison).splitlines()
     assert [line.split("  ")[0] for line in lines[1:-1]] == list(value)
 

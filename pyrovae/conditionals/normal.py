@@ -28,7 +28,7 @@ class StandardNormal(Conditional):
 
     def __init__(self, dim: int):
         super().__init__(net=None)
-        if dim < 1:
+        if not isinstance(dim, int) or dim < 1:
             raise ValueError(f"Expected dim to be a positive whole number; got {dim}")
         self.dim = dim
         # knows device and dtype, is no part of the weights
