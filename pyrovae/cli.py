@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from pyrovae import checkpoint, conditionals, models, plots
+from pyrovae import checkpoint, conditionals, models, plots, sources
 from pyrovae import data as data_sets
 from pyrovae.evaluate import compare, evaluate
 from pyrovae.fit import fit
@@ -292,7 +292,7 @@ def _splits(command: Train) -> data_sets.Splits:
     if binarize == "auto":
         grey = command.likelihood == "bernoulli" and command.data != "binarized-mnist"
         binarize = "dynamic" if grey else "none"
-    return data_sets.load(command.data, binarize, labels=command.data in data_sets.LABELLED, seed=command.seed)
+    return data_sets.load(command.data, binarize, labels=command.data in sources.LABELLED, seed=command.seed)
 
 
 def _check_sizes(command: Train) -> None:
