@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from pyrovae.data import Batch, Data, as_data, count, stream
 from pyrovae.program import LatentModel
-from pyrovae.traces import Draw, Survey, check_arguments, draw, replayed_guide, unscaled
+from pyrovae.traces import Draw, Survey, Unscaled, check_arguments, draw, replayed_guide
 from pyrovae.weights import WeightSums
 
 K_HAT_LIMIT = 0.7
@@ -384,7 +384,7 @@ def _elbos(program: LatentModel, part: Batch, num_draws: int) -> tuple[dict[str,
     sums = []
     for _ in range(num_draws):
         guide, latents = replayed_guide(program, part)
-        sums.append(-Trace_ELBO().loss(unscaled(program.model), unscaled(guide), **part))
+        sums.append(-Trace_ELBO().loss(Unscaled()(program.model), Unscaled()(guide), **part))
         reference = by_hand(**part, **latents)
         if reference is not None:
             references.append(reference)

@@ -102,23 +102,14 @@ def fit(
     """
     check_arguments(program)
     rate = lr if callable(lr) else lambda epoch: lr
+    elbo, optimizer = elbo or Trace_ELBO(), optimizer or partial(torch.optim.Adam, fused=True)
     _check_positive(epochs=epochs, batch_size=batch_size, lr=rate(1), patience=patience, grad_clip=grad_clip)
-    for name, value, known in (("device", device, DEVICES), ("precision", precision, PRECISIONS)):
-        if value not in known:
-            raise ValueError(f"Expected {name} to be one of {', '.join(known)}; got {value!r}")
+    _check_known(device=(device, DEVICES), precision=(precision, PRECISIONS))
+    _check_objects(elbo, optimizer)
     if patience is not None and val is None:
         raise ValueError("Expected val with patience: early stopping goes by the ELBO on validation data; got None")
-    if not isinstance(elbo or Trace_ELBO(), ELBO) or not hasattr(elbo or Trace_ELBO(), "differentiable_loss"):
-        raise ValueError(
-            f"Expected elbo to be a pyro.infer.ELBO with a differentiable_loss, as Trace_ELBO(); got {elbo!r}"
-        )
-    if optimizer is not None and not callable(optimizer):
-        raise ValueError(f"Expected optimizer to be a class or function of torch.optim; got {type(optimizer).__name__}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("Expected device to be one that is here; got 'cuda', and torch finds none")
     if resume and run_dir is None:
         raise ValueError("Expected run_dir with resume=True; got None")
-    elbo, optimizer = elbo or Trace_ELBO(), optimizer or partial(torch.optim.Adam, fused=True)
     train, val = as_data(train, "train"), None if val is None else as_data(val, "val")
     settings = {
         "elbo": type(elbo).__name__,
@@ -152,6 +143,23 @@ def _check_positive(**values: float | None) -> None:
         kind = int if whole else (int, float)
         if value is not None and not (isinstance(value, kind) and value > 0 and math.isfinite(value)):
             raise ValueError(f"Expected {name} to be a positive {'whole ' if whole else ''}number; got {value!r}")
+
+
+def _check_known(**options: tuple[str, tuple[str, ...]]) -> None:
+    for name, (value, known) in options.items():
+        if value not in known:
+            raise ValueError(f"Expected {name} to be one of {', '.join(known)}; got {value!r}")
+        if value == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"Expected {name} to be one that is here; got 'cuda', and torch finds none")
+
+
+def _check_objects(elbo: Any, optimizer: Any) -> None:
+    if not isinstance(elbo, ELBO) or not hasattr(elbo, "differentiable_loss"):
+        raise ValueError(
+            f"Expected elbo to be a pyro.infer.ELBO with a differentiable_loss, as Trace_ELBO(); got {elbo!r}"
+        )
+    if not callable(optimizer):
+        raise ValueError(f"Expected optimizer to be a class or function of torch.optim; got {type(optimizer).__name__}")
 
 
 def _name(function: Callable[..., Any]) -> str:

@@ -45,6 +45,7 @@ def read(name: str) -> list[Part]:
         ValueError: for an unknown name, or a file of the wrong kind.
         FileNotFoundError: where the files of a known set are missing.
     """
+    parts: list[Part]
     if name == "digits":
         from sklearn.datasets import load_digits
 

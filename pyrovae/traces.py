@@ -263,12 +263,9 @@ def _run_on(program: LatentModel, rows: Batch) -> "Traces":
         ) from error
 
 
-def unscaled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A program without its scales."""
-    return _Unscaled()(function)
+class Unscaled(Messenger):
+    """A handler that strips the scales from a program."""
 
-
-class _Unscaled(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         msg["scale"] = 1.0
 
