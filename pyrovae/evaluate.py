@@ -1,6 +1,7 @@
 """What a program's log-likelihood is, how far that can be trusted, and how the bounds compare."""
 
 import math
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -137,7 +138,7 @@ def evaluate(
         True
     """
     check_arguments(program, num_particles)
-    results: list[dict[str, Tensor]] = []
+    results = {name: array("d") for name in STATISTICS}
     units = _ActiveUnits()
     with program.inference(seed), pyro.validation_enabled(False):
         plan = _Plan.of(program, data, num_particles, batch_size, chunk_size)
@@ -147,9 +148,10 @@ def evaluate(
                 sums.add(drawn.log_weights)
                 units.add(drawn)
             units.end_of_chunk()
-            results.append({name: getattr(sums, method)().cpu() for name, method in STATISTICS.items()})
+            for name, method in STATISTICS.items():
+                results[name].extend(getattr(sums, method)().tolist())
     return Evaluation(
-        **{name: torch.cat([part[name] for part in results]) for name in STATISTICS},
+        **{name: torch.tensor(values, dtype=torch.float64) for name, values in results.items()},
         num_particles=num_particles,
         dim=plan.survey.dim,
         active_units=units.count(),
