@@ -40,6 +40,11 @@ def as_batch(batch: Any, name: str = "batch") -> Batch:
     return dict(batch)
 
 
+def num_rows(batch: Batch) -> int:
+    """N, the common first dimension of a batch."""
+    return len(next(iter(batch.values())))
+
+
 def check_finite(batch: Batch, name: str) -> None:
     """Raises ValueError, with the place, where a floating-point tensor holds NaN or infinity."""
     for key, value in batch.items():
@@ -78,7 +83,7 @@ class Data:
             _check_unit_interval(self.tensors["x"])
 
     def __len__(self) -> int:
-        return len(next(iter(self.tensors.values())))
+        return num_rows(self.tensors)
 
     def __getitem__(self, key: str) -> Tensor:
         return self.tensors[key]

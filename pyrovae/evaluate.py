@@ -13,7 +13,7 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor
 from tqdm import tqdm
 
-from pyrovae.data import Batch, Data, as_data, count, stream
+from pyrovae.data import Batch, Data, as_data, count, num_rows, stream
 from pyrovae.program import LatentModel
 from pyrovae.traces import Draw, Survey, Unscaled, check_arguments, draw, replayed_guide
 from pyrovae.weights import WeightSums
@@ -198,11 +198,11 @@ class _Plan:
         with tqdm(total=self.num_data, unit=" data", desc=title, mininterval=0.5, disable=not progress) as bar:
             for batch in self.batches:
                 self.survey.check_support(batch, "data")
-                for start in range(0, _rows(batch), self.batch_size):
+                for start in range(0, num_rows(batch), self.batch_size):
                     part = {key: value[start : start + self.batch_size] for key, value in batch.items()}
                     yield done, part
-                    done += _rows(part)
-                    bar.update(_rows(part))
+                    done += num_rows(part)
+                    bar.update(num_rows(part))
 
     def draws(self, first: int, part: Batch) -> Iterator[Draw]:
         """Chunks of particles for a chunk of data, K in all."""
@@ -216,10 +216,6 @@ class _Plan:
                     f"Expected finite log-weights; got {found} at datum {datum}: {drawn.first_bad()}"
                 )
             yield drawn
-
-
-def _rows(batch: Batch) -> int:
-    return len(next(iter(batch.values())))
 
 
 class _ActiveUnits:
@@ -390,7 +386,7 @@ def _elbos(program: LatentModel, part: Batch, num_draws: int) -> tuple[dict[str,
         reference = by_hand(**part, **latents)
         if reference is not None:
             references.append(reference)
-    n, pyros = _rows(part), torch.tensor(sums, dtype=torch.float64)
+    n, pyros = num_rows(part), torch.tensor(sums, dtype=torch.float64)
     variance = pyros.var().item() / num_draws if num_draws > 1 else math.nan
     elbos: dict[str, _Column] = {}
     apart = None

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from pyrovae import checkpoint
 from pyrovae.conditionals.conditional import networks_in
-from pyrovae.data import Batch, Data, as_data, count, stream
+from pyrovae.data import Batch, Data, as_data, count, num_rows, stream
 from pyrovae.evaluate import NUMBERS_AT_ONCE
 from pyrovae.program import LatentModel, check_keys
 from pyrovae.traces import Survey, check_arguments, draw
@@ -249,9 +249,8 @@ class _Run:
             self._write()
         bar = tqdm(total=epochs * (self._steps() or 0) or None, unit=" steps", mininterval=0.5, disable=not progress)
         bar.update(len(self.history) * (self._steps() or 0))
-        modes = [(module, module.training) for module in self.program.modules()]
         try:
-            with bar, warnings.catch_warnings():
+            with bar, self.program.modes_kept(), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Encountered (NaN|inf)")  # reported below, with the site
                 while len(self.history) < epochs and not self._stale(patience):
                     bar.set_description(f"epoch {len(self.history) + 1}/{epochs}")
@@ -261,8 +260,6 @@ class _Run:
                     if time.monotonic() - self.written > SECONDS_BETWEEN_WRITES:
                         self._write()
         finally:
-            for module, mode in modes:
-                module.training = mode
             if self.best:
                 self.program.load_state_dict(self.best)
             self._write()
@@ -283,7 +280,7 @@ class _Run:
         start, total, seen = time.perf_counter(), 0.0, 0
         for batch in self._stream(self.train, "train", shuffle=self.generator):
             total += self._step(batch)
-            seen += len(next(iter(batch.values())))
+            seen += num_rows(batch)
             bar.update()
         seconds = time.perf_counter() - start
         self._check_parameters()

@@ -148,19 +148,25 @@ class LatentModel(nn.Module):
         Args:
             seed: run with torch's generators at this seed, and put them back after; None leaves them alone.
         """
-        modes = [(module, module.training) for module in self.modules()]
         with ExitStack() as stack:
             if seed is not None:
                 stack.enter_context(torch.random.fork_rng())
                 torch.manual_seed(seed)
             stack.enter_context(torch.no_grad())
             stack.enter_context(self.scope())
+            stack.enter_context(self.modes_kept())
             self.eval()
-            try:
-                yield
-            finally:
-                for module, mode in modes:
-                    module.training = mode
+            yield
+
+    @contextmanager
+    def modes_kept(self) -> Iterator[None]:
+        """Put train and eval mode of every module back after, however it ends."""
+        modes = [(module, module.training) for module in self.modules()]
+        try:
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
 
     @contextmanager
     def scope(self) -> Iterator[None]:

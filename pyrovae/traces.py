@@ -12,7 +12,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook
 
-from pyrovae.data import Batch, as_batch, check_finite
+from pyrovae.data import Batch, as_batch, check_finite, num_rows
 from pyrovae.program import LatentModel, check_keys
 
 FIRST = 1000  # data, at most, on which a program first runs and makes its parameters
@@ -163,7 +163,7 @@ class Survey:
         """
         check_keys(batch, program.model, program.guide)
         two, three = ({key: value[:n] for key, value in batch.items()} for n in (2, 3))
-        n = len(next(iter(two.values())))
+        n = num_rows(two)
         with torch.random.fork_rng(), program.inference():
             with pyro.validation_enabled(False), _Widest() as widest:
                 _run(program, {key: value[:FIRST] for key, value in batch.items()})  # makes all parameters
@@ -242,7 +242,7 @@ def draw(program: LatentModel, batch: Batch, num_particles: int, survey: Survey)
     Raises:
         ValueError: where latents of model and guide differ, or a site lies outside the plate over the data.
     """
-    n = len(next(iter(batch.values())))
+    n = num_rows(batch)
     if num_particles == 1:
         return _read(program, _run(program, batch), 1, n, survey.nesting)
     if survey.vectorized:
@@ -259,7 +259,7 @@ def _run_on(program: LatentModel, rows: Batch) -> "Traces":
     except RuntimeError as error:
         raise ValueError(
             "Expected a program that runs on any number of data; it ran on more, and on "
-            f"{len(next(iter(rows.values())))} it fails: {str(error).splitlines()[0]}"
+            f"{num_rows(rows)} it fails: {str(error).splitlines()[0]}"
         ) from error
 
 
@@ -317,7 +317,7 @@ def _nesting(traces: Traces) -> int:
 
 
 def _broadcasts(program: LatentModel, batch: Batch, nesting: int) -> bool:
-    n = len(next(iter(batch.values())))
+    n = num_rows(batch)
     try:
         traces = _run(program, batch, 2, nesting)
         together = _read(program, traces, 2, n, nesting + 1)
