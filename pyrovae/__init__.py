@@ -6,6 +6,8 @@ from pyrovae import plots as plots
 from pyrovae import reference as reference
 from pyrovae.checkpoint import load as load
 from pyrovae.checkpoint import save as save
+from pyrovae.compiled import Compiled as Compiled
+from pyrovae.compiled import CompileError as CompileError
 from pyrovae.evaluate import Comparison as Comparison
 from pyrovae.evaluate import Evaluation as Evaluation
 from pyrovae.evaluate import compare as compare
@@ -16,6 +18,9 @@ from pyrovae.models import LinearGaussian as LinearGaussian
 from pyrovae.nets import MLP as MLP
 from pyrovae.nets import ConvDecoder as ConvDecoder
 from pyrovae.nets import ConvEncoder as ConvEncoder
+from pyrovae.objectives import CompiledTrace_ELBO as CompiledTrace_ELBO
+from pyrovae.objectives import CompiledTraceEnum_ELBO as CompiledTraceEnum_ELBO
+from pyrovae.objectives import CompiledTraceMeanField_ELBO as CompiledTraceMeanField_ELBO
 from pyrovae.program import LatentModel as LatentModel
 from pyrovae.program import as_program as as_program
 from pyrovae.program import data_plate as data_plate

@@ -179,7 +179,7 @@ class LatentModel(nn.Module):
             "constraints": dict(self._constraints),
         }
         store = pyro.get_param_store()
-        with store.scope(state), _ParamStatements(self._initial or {}):
+        with store.scope(state), ParamStatements(self._initial or {}):
             yield
         own = {id(parameter) for parameter in self.parameters()}
         for name, value in state["params"].items():
@@ -249,7 +249,7 @@ class _Reader(Messenger):
             self.sites[msg["name"]] = msg.copy()
 
 
-class _ParamStatements(Messenger):
+class ParamStatements(Messenger):
     """Gives pyro.param its initial values, and weights from a file, which come without them, their constraints."""
 
     def __init__(self, initial: Mapping[str, Tensor]):

@@ -17,9 +17,9 @@ FLOORS = [
     ("nets", "reference", "weights", "sources"),
     ("data",),
     ("conditionals", "program"),
-    ("traces",),
+    ("traces", "compiled"),
     ("models",),
-    ("evaluate", "checkpoint"),
+    ("evaluate", "checkpoint", "objectives"),
     ("fit", "plots"),
     ("cli",),
 ]

@@ -25,6 +25,11 @@ def networks_in(dtype: torch.dtype | None) -> Iterator[None]:
         _NETWORK_DTYPE.reset(token)
 
 
+def network_dtype() -> torch.dtype | None:
+    """The dtype that `networks_in` has set."""
+    return _NETWORK_DTYPE.get()
+
+
 class Conditional(nn.Module, ABC):
     """p(a | parents): a network gives the parameters, a family gives the density.
 
@@ -108,7 +113,7 @@ class Conditional(nn.Module, ABC):
             return self.net()
         batch_shape = torch.broadcast_shapes(*(parent.shape[:-1] for parent in parents))
         joined = torch.cat([parent.expand(*batch_shape, parent.shape[-1]) for parent in parents], -1)
-        dtype = _NETWORK_DTYPE.get()
+        dtype = network_dtype()
         with torch.autocast(joined.device.type, dtype, enabled=dtype is not None):
             eta = self.net(joined.reshape(-1, joined.shape[-1]))
         return eta.reshape(*batch_shape, -1).to(joined.dtype)

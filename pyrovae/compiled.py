@@ -1,0 +1,329 @@
+"""A function of tensors whose Python runs once for each shape; from then on its tensor operations run, compiled."""
+
+import random
+import sys
+import traceback
+import types
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from operator import is_
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _PYRO_STACK
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pyrovae.conditionals.conditional import network_dtype
+from pyrovae.program import ParamStatements
+
+MANY_TRACES = 8
+LARGEST = 1000  # entries of a container, beyond which it is not looked into
+_TENSOR = object()
+
+
+class CompileError(RuntimeError):
+    """A program whose structure depends on values, or a machine without a compiler."""
+
+
+class Compiled:
+    """A function of tensors, traced once for each shape into one graph and compiled.
+
+    Where the shapes are known, a call runs no Python of the function, only the tensor operations of its graph; they
+    draw the random numbers that the function itself would draw. Parameters, buffers and other tensors that the
+    function refers to are read, and changed, where they are.
+
+    Tensors and Python floats among the arguments may change from call to call. All else is constant in a graph (other
+    arguments, shapes, train and eval mode, Python values that `watch` refers to), and where it differs from what
+    the graphs so far hold, the function is traced once more. A NumPy array is constant as a whole: another array in
+    its place is noticed, a change within it is not.
+
+    Args:
+        function: its arguments and its result may nest tensors in dicts, lists and tuples.
+        watch: functions and modules; the Python values that they refer to, through attributes, closures and globals,
+            are constants of a graph.
+
+    Attributes:
+        num_traces: how many times the function was traced.
+
+    Raises:
+        CompileError: in a call, where the function's Python depends on values of tensors, changes Python values that
+            it refers to, or draws random numbers outside torch, or where there is no C++ compiler.
+    """
+
+    def __init__(self, function: Callable[..., Any], watch: Sequence[Any] = ()):
+        self.function = function
+        self.watch = watch
+        self.num_traces = 0
+        self._graphs: dict[Any, list[_Graph]] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The function's result."""
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        graphs = self._graphs.setdefault((spec, *map(_signature, leaves), *_surroundings()), [])
+        graph = next((graph for graph in graphs if graph.state.changed() is None), None)
+        if graph is None:
+            if graphs and self.num_traces >= MANY_TRACES:
+                warnings.warn(
+                    f"Compiled {self.num_traces} times, now because {graphs[-1].state.changed()} changed. What changes "
+                    "from call to call belongs among the arguments, as a tensor or a float",
+                    stacklevel=2,
+                )
+            graph = self._trace(leaves, spec)
+            graphs.append(graph)
+        return graph(leaves)
+
+    def _trace(self, leaves: list[Any], spec: Any) -> "_Graph":
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        inputs = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor | float)]
+        floating = (leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point())
+        like = next(floating, torch.zeros(())).new_zeros(())  # Python floats become tensors of this kind
+        results: dict[str, Any] = {}
+
+        def flat(*tensors: Tensor) -> list[Tensor]:
+            values = list(leaves)
+            for i, tensor in zip(inputs, tensors, strict=True):
+                values[i] = tensor
+            args, kwargs = pytree.tree_unflatten(values, spec)
+            with _NoValues():
+                results["out"], results["spec"] = pytree.tree_flatten(self.function(*args, **kwargs))
+            return [value for value in results["out"] if isinstance(value, Tensor)]
+
+        self.num_traces += 1
+        tensors = [_as_tensor(leaves[i], like) for i in inputs]
+        with _tracing(self.watch) as state:
+            graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)
+        constants = [_TENSOR if isinstance(value, Tensor) else value for value in results["out"]]
+        return _Graph(_compile(graph, tensors), inputs, like, constants, results["spec"], state)
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A compiled graph, and how arguments and results fit it."""
+
+    run: Callable[..., Sequence[Tensor]]
+    inputs: list[int]
+    like: Tensor
+    constants: list[Any]
+    spec: Any
+    state: "PythonState"
+
+    def __call__(self, leaves: list[Any]) -> Any:
+        with torch.no_grad():
+            tensors = iter(self.run(*[_as_tensor(leaves[i], self.like) for i in self.inputs]))
+        return pytree.tree_unflatten([next(tensors) if v is _TENSOR else v for v in self.constants], self.spec)
+
+
+def _as_tensor(leaf: Tensor | float, like: Tensor) -> Tensor:
+    return leaf if isinstance(leaf, Tensor) else torch.tensor(leaf, dtype=like.dtype, device=like.device)
+
+
+def _signature(leaf: Any) -> Any:
+    """What of an argument is constant in a graph."""
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad
+    if isinstance(leaf, float):
+        return float
+    try:
+        hash(leaf)
+    except TypeError:
+        raise CompileError(f"Expected arguments of tensors, numbers or strings; got {type(leaf).__name__}") from None
+    return type(leaf), leaf
+
+
+def _surroundings() -> tuple[Any, ...]:
+    """What else is constant in a graph: torch's modes, and the handlers of Pyro around a call."""
+    handlers = tuple(
+        handler
+        for handler in _PYRO_STACK
+        if not isinstance(handler, ParamStatements) and not getattr(handler, "param_only", False)
+    )
+    autocast = tuple(torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None for d in ("cpu", "cuda"))
+    return torch.is_grad_enabled(), torch.get_default_dtype(), network_dtype(), autocast, handlers
+
+
+def _compile(graph: torch.fx.GraphModule, tensors: list[Tensor]) -> Callable[..., Sequence[Tensor]]:
+    from torch._inductor import compile as inductor
+
+    # of their own, for what is true of these arguments (two that are one tensor) need not be true of others
+    examples: list[Any] = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in tensors]
+    on_gpu = any(t.is_cuda for t in (*tensors, *graph.parameters(), *graph.buffers()))
+    try:
+        with torch.no_grad():
+            run: Any = inductor(graph, examples, {"fallback_random": True, "triton.cudagraphs": on_gpu})
+            return run
+    except Exception as error:
+        if "InvalidCxxCompiler" in f"{type(error).__name__} {error}":
+            raise CompileError(
+                "Expected a C++ compiler, which compiling needs; torch finds none. Install g++, or name one by the "
+                "environment variable CXX, or run uncompiled (compile=False)"
+            ) from error
+        raise CompileError(
+            f"Expected a program that torch's inductor compiles; it fails with {_first_line(error)}. "
+            "Run uncompiled (compile=False)"
+        ) from error
+
+
+@contextmanager
+def _tracing(watch: Sequence[Any]) -> Iterator["PythonState"]:
+    """Around a trace: errors that say what stands in its way, also what would make its result wrong."""
+    state, drawn = PythonState(watch), _other_generators()
+    sites = _Sites()
+    try:
+        with pyro.validation_enabled(False), warnings.catch_warnings(), sites:
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)  # pyright: ignore[reportPrivateImportUsage]
+            yield state
+    except Exception as error:
+        where = "" if sites.last is None else f", after site {sites.last!r}"
+        if not _depends_on_values(error):
+            error.add_note(f"(while the program was traced, in order to compile it{where})")
+            raise
+        raise CompileError(
+            f"Expected a program whose Python does not depend on values of tensors; got {_first_line(error)}"
+            f"{where}{_users_line(error)}. Write the choice with torch.where or a mask, or run uncompiled "
+            "(compile=False)"
+        ) from error
+    changed = state.changed()
+    if changed is not None:
+        raise CompileError(
+            f"Expected a program that leaves Python values alone; got {changed}, which it changes as it runs: "
+            "compiled, that would happen once. Keep the value in a buffer, or run uncompiled (compile=False)"
+        )
+    if _other_generators() != drawn:
+        raise CompileError(
+            "Expected a program that draws random numbers by torch; got one that draws them by NumPy or Python: "
+            "compiled, they would be the same in each call. Draw them by torch, or run uncompiled (compile=False)"
+        )
+
+
+def _depends_on_values(error: Exception) -> bool:
+    text = f"{type(error).__name__} {error}"
+    marks = ("data-dependent", "DataDependent", "DynamicOutputShape", "tracing tensor", "for tensor subclasses")
+    return any(mark in text for mark in marks)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _users_line(error: Exception) -> str:
+    """The last line of an error's traceback that is neither a library's nor ours."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not any(
+            part in frame.filename for part in ("site-packages", "pyrovae/compiled.py", "pyrovae/objectives.py")
+        ):
+            return f", at {frame.filename}:{frame.lineno}: {frame.line}"
+    return ""
+
+
+def _other_generators() -> tuple[Any, ...]:
+    return random.getstate(), str(np.random.get_state())
+
+
+class _Sites(Messenger):
+    """Notes the last sample site that a program passed."""
+
+    last: str | None = None
+
+    def _pyro_sample(self, msg: Any) -> None:
+        self.last = msg["name"]
+
+
+class _NoValues(TorchDispatchMode):
+    """Forbids to read the value of a tensor that was there before, which the tracer would take for a constant."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        from torch._subclasses.fake_tensor import FakeTensor
+
+        if torch.Tag.data_dependent_output in func.tags:
+            tensors = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+            if any(not isinstance(tensor, FakeTensor) for tensor in tensors):
+                raise RuntimeError(f"data-dependent operation {func}")
+        return func(*args, **(kwargs or {}))
+
+
+class PythonState:
+    """The Python values that functions and modules refer to, and whether they are what they were.
+
+    Args:
+        roots: where to begin: functions, methods, modules, containers.
+    """
+
+    def __init__(self, roots: Iterable[Any]):
+        self._places: list[tuple[str, Callable[[], Any], Callable[[], Any], list[Any]]] = []
+        self._seen: dict[int, Any] = {}  # holds what it saw, so that no other object takes its id
+        for root in roots:
+            self._walk(getattr(root, "__qualname__", type(root).__name__), root)
+
+    def _walk(self, name: str, value: Any) -> None:
+        if id(value) in self._seen or isinstance(value, type | types.ModuleType | Tensor | str | bytes):
+            return
+        self._seen[id(value)] = value
+        for keys, values in _places(value):
+            before = list(values())
+            self._places.append((name, keys, values, before))
+            if len(before) <= LARGEST:
+                for key, part in zip(list(keys()), before, strict=True):
+                    if not isinstance(value, nn.Module) or key not in _NOT_FOLLOWED:
+                        self._walk(f"{name}.{key}", part)
+
+    def changed(self) -> str | None:
+        """The name of a value that is not what it was; None where there is none."""
+        for name, keys, values, before in self._places:
+            now = values()
+            if len(now) == len(before) and all(map(is_, now, before)):
+                continue
+            now = list(now)
+            for key, old, new in zip(keys(), before, now, strict=False):
+                if old is not new and not _equal(old, new):
+                    return f"{name}.{key}"
+            if len(now) != len(before):
+                return name
+            before[:] = now
+        return None
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return type(a) is type(b) and isinstance(a, int | float | complex | str | bytes | None) and a == b
+
+
+_LIBRARIES = sys.stdlib_module_names | {"torch", "pyro", "numpy", "pyrovae"}
+_NOT_FOLLOWED = {key for key in vars(nn.Module()) if "hook" in key} - {"_forward_hooks", "_forward_pre_hooks"}
+
+
+def _places(value: Any) -> Iterator[tuple[Callable[[], Any], Callable[[], Any]]]:
+    """Where a value refers to others: functions that give their names, and them."""
+    library = (getattr(value, "__module__", None) or type(value).__module__).split(".")[0] in _LIBRARIES
+    if isinstance(value, partial):
+        yield lambda: ("func", "args", "keywords"), lambda: (value.func, value.args, value.keywords)
+    elif isinstance(value, types.MethodType):
+        yield lambda: ("self", "function"), lambda: (value.__self__, value.__func__)
+    elif isinstance(value, types.FunctionType):
+        names, space = value.__code__.co_names, value.__globals__
+        if value.__closure__:
+            cells = value.__closure__
+            yield lambda: value.__code__.co_freevars, lambda: [_contents(cell) for cell in cells]
+        if not library:
+            names = [name for name in names if name in space]
+            yield lambda: names, lambda: [space.get(name) for name in names]
+    elif isinstance(value, dict):
+        yield value.keys, value.values
+    elif isinstance(value, list | tuple):
+        yield lambda: range(len(value)), lambda: value
+    elif isinstance(value, nn.Module) or (hasattr(value, "__dict__") and not library):
+        yield vars(value).keys, vars(value).values
+
+
+def _contents(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not bound yet
+        return None

@@ -1,0 +1,247 @@
+"""Compiled ELBOs, each in the place of its namesake in Pyro."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from numbers import Number
+from typing import Any
+
+import pyro
+import pyro.poutine as poutine
+import torch
+from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+from pyro.infer.util import Dice
+from pyro.util import warn_if_nan
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from pyrovae.compiled import Compiled, CompileError
+
+
+class CompiledLoss:
+    """A program's loss and its gradients as one compiled function of the program's arguments.
+
+    Args:
+        differentiable_loss: that method of any `pyro.infer.ELBO`.
+        model, guide: Pyro programs of static structure, which have run before, so that their parameters are there.
+
+    Attributes:
+        graphs: the `Compiled`; its `num_traces` says how many times the program was traced.
+    """
+
+    def __init__(self, differentiable_loss: Callable[..., Any], model: Callable[..., Any], guide: Callable[..., Any]):
+        self.differentiable_loss, self.model, self.guide = differentiable_loss, model, guide
+        self.graphs = Compiled(self._value_and_grads, (model, guide))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """The loss `()`; the parameters, as optimized, and arguments that it depends on; its gradients in these."""
+        loss, grads, origins = self.graphs(*args, **kwargs)
+        variables = origins.variables
+        if any(isinstance(variable, int) for variable in variables):
+            given = pytree.tree_leaves((args, kwargs))
+            variables = [given[v] if isinstance(v, int) else v for v in variables]
+        return loss, variables, grads
+
+    def _value_and_grads(self, *args: Any, **kwargs: Any) -> tuple[Tensor, list[Tensor], "_Origins"]:
+        with _traceable(self.differentiable_loss):
+            loss = torch.as_tensor(self.differentiable_loss(self.model, self.guide, *args, **kwargs))
+        given = {id(value): i for i, value in enumerate(pytree.tree_leaves((args, kwargs)))}
+        variables = _variables(loss)
+        grads = torch.autograd.grad(loss, variables) if variables else []
+        return loss.detach(), list(grads), _Origins([given.get(id(v), v) for v in variables])
+
+
+class _Origins:
+    """Where gradients belong: tensors, or numbers of arguments. No container that torch would look into."""
+
+    def __init__(self, variables: list[Any]):
+        self.variables = variables
+
+
+def _variables(loss: Tensor) -> list[Tensor]:
+    """The leaves of an autograd graph."""
+    variables: list[Tensor] = []
+    seen: set[Any] = set()
+    stack: list[Any] = [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            if hasattr(node, "variable"):
+                variables.append(node.variable)
+            stack.extend(before for before, _ in node.next_functions)
+    return variables
+
+
+@contextmanager
+def _traceable(differentiable_loss: Callable[..., Any]) -> Iterator[None]:
+    """While an ELBO of Pyro's is traced, its three detours through Python numbers stay among the tensors."""
+    owner = getattr(differentiable_loss, "__self__", None)
+    modules = {sys.modules[cls.__module__] for cls in type(owner).__mro__}
+    store = pyro.get_param_store()
+    before = set(store.keys())
+    with ExitStack() as stack:
+        for module in modules:
+            for name, replacement in (("torch_item", _detached), ("warn_if_nan", _unchanged)):
+                if hasattr(module, name):
+                    stack.enter_context(_replaced(module, name, replacement))
+        stack.enter_context(_replaced(Dice, "compute_expectation", _expectation))
+        yield
+    new = set(store.keys()) - before
+    for name in new:
+        del store[name]
+    if new:
+        raise CompileError(f"Expected a program that has made all its parameters; got {', '.join(sorted(new))} anew")
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, replacement: Any) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, replacement)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def _detached(value: Any) -> Any:
+    """In the place of Pyro's `torch_item`."""
+    return value if isinstance(value, Number) else value.detach()
+
+
+def _unchanged(value: Any, *args: Any, **kwargs: Any) -> Any:
+    """In the place of Pyro's `warn_if_nan`."""
+    return value
+
+
+_EXPECTATION = Dice.compute_expectation
+
+
+def _expectation(self: Dice, costs: Any) -> Any:
+    """In the place of Dice's expectation: costs of probability zero are put to zero, and not left out."""
+    with _MaskedToZero(), _replaced(torch._C, "_get_tracing_state", lambda: True):
+        return _EXPECTATION(self, costs)
+
+
+class _MaskedToZero(TorchFunctionMode):
+    """`masked_select`, whose result's shape depends on values, becomes `where`."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.masked_select:
+            value, mask = args
+            return torch.where(mask, value, torch.zeros_like(value))
+        return func(*args, **(kwargs or {}))
+
+
+class _Given(torch.autograd.Function):
+    """A loss whose gradients are known."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, grads: list[Tensor], *variables: Tensor) -> Tensor:
+        ctx.save_for_backward(*grads)
+        return loss.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *outer: Any) -> Any:
+        return None, None, *(outer[0] * grad for grad in ctx.saved_tensors)
+
+
+def accumulate(variables: list[Tensor], grads: list[Tensor]) -> None:
+    """What `backward` does: add gradients to those that the variables have."""
+    for variable, grad in zip(variables, grads, strict=True):
+        hooks: Any = variable._backward_hooks or variable._post_accumulate_grad_hooks
+        if variable.is_leaf and not hooks:
+            variable.grad = grad if variable.grad is None else variable.grad + grad
+        else:
+            variable.backward(grad)
+
+
+class _CompiledELBO(ELBO):
+    """What the compiled ELBOs share."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        # for each model and guide, their compiled loss and their entries in the parameter store
+        self._losses: dict[Any, tuple[CompiledLoss, dict[str, Any]]] = {}
+
+    @property
+    def num_traces(self) -> int:
+        """How many times programs were traced."""
+        return sum(loss.graphs.num_traces for loss, _ in self._losses.values())
+
+    @property
+    def _uncompiled(self) -> Any:
+        """This ELBO with the methods of its namesake."""
+        return super()
+
+    def _loss(self, model: Callable[..., Any], guide: Callable[..., Any]) -> CompiledLoss | None:
+        """The compiled loss of a program that has run before, with the same parameters in the store."""
+        loss, params = self._losses.get((model, guide), (None, {}))
+        known = pyro.get_param_store()._params
+        return loss if all(known.get(name) is value for name, value in params.items()) else None
+
+    def _first(self, method: Callable[..., Any], model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
+        """The first call of a program makes its parameters; it runs uncompiled."""
+        with poutine.trace(param_only=True) as capture:
+            result = method(model, guide, *args, **kwargs)
+        params = {name: pyro.get_param_store()._params.get(name) for name in capture.trace.nodes}
+        self._losses[model, guide] = CompiledLoss(self._uncompiled.differentiable_loss, model, guide), params
+        return result
+
+    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
+        """The loss `()`, to be differentiated once."""
+        loss = self._loss(model, guide)
+        if loss is None:
+            return self._first(self._uncompiled.differentiable_loss, model, guide, *args, **kwargs)
+        value, variables, grads = loss(*args, **kwargs)
+        warn_if_nan(value, "loss")
+        return _Given.apply(value, grads, *variables) if variables else value
+
+    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        """The loss alone."""
+        with torch.no_grad():
+            return torch.as_tensor(self.differentiable_loss(model, guide, *args, **kwargs)).item()
+
+    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        """The loss; its gradients are added to those that the parameters have."""
+        loss = self._loss(model, guide)
+        if loss is None:
+            return self._first(self._uncompiled.loss_and_grads, model, guide, *args, **kwargs)
+        for name in self._losses[model, guide][1]:
+            pyro.param(name)  # for handlers around, as SVI's, which gathers parameters by them
+        value, variables, grads = loss(*args, **kwargs)
+        accumulate(variables, grads)
+        warn_if_nan(value, "loss")
+        return value.item()
+
+
+class CompiledTrace_ELBO(_CompiledELBO, Trace_ELBO):
+    """`pyro.infer.Trace_ELBO`, compiled: loss and gradients of a program of static structure as one graph.
+
+    It takes the place of its namesake in `pyro.infer.SVI(model, guide, optim, loss=...)` and in `elbo(model, guide)`,
+    has its arguments, draws the same random numbers and gives the same numbers up to rounding. The first call of a
+    program runs uncompiled and makes its parameters; the second traces and compiles, in seconds; so does a
+    call with arguments of a new shape. Tensors and Python floats among the arguments may change from call to call.
+    Pyro's checks of values (`pyro.enable_validation`) are made in the first call alone.
+
+    Raises:
+        CompileError: in a call, where the program cannot be compiled, with the site or the operation and a remedy.
+
+    Source:
+        As its namesake: Ranganath et al. (2014), Kingma and Welling (2014).
+
+    Example:
+        >>> elbo = CompiledTrace_ELBO(num_particles=2)
+        >>> elbo.num_traces
+        0
+    """
+
+
+class CompiledTraceMeanField_ELBO(_CompiledELBO, TraceMeanField_ELBO):
+    """`pyro.infer.TraceMeanField_ELBO`, whose KL terms are analytic where they can be; compiled, see above."""
+
+
+class CompiledTraceEnum_ELBO(_CompiledELBO, TraceEnum_ELBO):
+    """`pyro.infer.TraceEnum_ELBO`, which sums over discrete latents in parallel; compiled, see above."""
