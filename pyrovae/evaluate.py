@@ -2,26 +2,26 @@
 
 import math
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import pyro
 import torch
 from pyro.infer import Trace_ELBO
 from torch import Tensor
-from tqdm import tqdm
 
-from pyrovae.data import Batch, Data, as_data, count, num_rows, stream
+from pyrovae.compiled import Compile
+from pyrovae.conditionals.conditional import networks_in
+from pyrovae.data import Batch, Data, num_rows
+from pyrovae.draws import Plan, Weights
 from pyrovae.program import LatentModel
-from pyrovae.traces import Draw, Survey, Unscaled, check_arguments, draw, replayed_guide
+from pyrovae.traces import Unscaled, check_arguments, replayed_guide
 from pyrovae.weights import WeightSums
 
 K_HAT_LIMIT = 0.7
 STATISTICS = {"log_px": "log_mean", "elbo": "elbo", "standard_error": "standard_error", "ess": "ess", "k_hat": "k_hat"}
 ACTIVE_VARIANCE = 0.01
-NUMBERS_AT_ONCE = 2**22  # in the widest tensor that a chunk makes
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,8 @@ def evaluate(
     batch_size: int | None = None,
     chunk_size: int | None = None,
     seed: int | None = None,
+    precision: str = "32-true",
+    compile: Compile = False,
     progress: bool = True,
 ) -> Evaluation:
     """Importance-sampled log p(x) of each datum, its standard error and its diagnostics.
@@ -120,9 +122,14 @@ def evaluate(
         chunk_size: particles at once; None chooses by memory. Neither size enters the result, except through the
             order in which random numbers are drawn.
         seed: of the draws; None goes on from torch's present random state.
+        precision: 32-true (as the program's parameters are) or bf16-mixed (the networks of all Conditionals in
+            bfloat16; densities, weights and sums stay).
+        compile: compile the program, in seconds; it pays from thousands of data on. "auto" goes on uncompiled, with a
+            warning, where the program or the machine does not allow it.
         progress: show a progress bar.
 
     Raises:
+        CompileError: where `compile` is True and the program cannot be compiled, or there is no C++ compiler.
         ValueError: for bad data, sizes below 1, data outside the support of the likelihood, or latents of model
             and guide that do not fit.
         FloatingPointError: where a weight is NaN or infinite, naming the datum and the site.
@@ -140,82 +147,22 @@ def evaluate(
     check_arguments(program, num_particles)
     results = {name: array("d") for name in STATISTICS}
     units = _ActiveUnits()
-    with program.inference(seed), pyro.validation_enabled(False):
-        plan = _Plan.of(program, data, num_particles, batch_size, chunk_size)
+    with program.inference(seed), pyro.validation_enabled(False), networks_in(precision):
+        plan = Plan.of(program, data, num_particles, batch_size, chunk_size, compile)
         for first, part in plan.parts(f"log p(x), K = {num_particles}", progress):
             sums = WeightSums(num_particles)
-            for drawn in plan.draws(first, part):
-                sums.add(drawn.log_weights)
-                units.add(drawn)
+            for weights in plan.weights(first, part):
+                sums.add(weights.log_weights)
+                units.add(weights)
             units.end_of_chunk()
             for name, method in STATISTICS.items():
                 results[name].extend(getattr(sums, method)().tolist())
     return Evaluation(
         **{name: torch.tensor(values, dtype=torch.float64) for name, values in results.items()},
         num_particles=num_particles,
-        dim=plan.survey.dim,
+        dim=plan.draws.survey.dim,
         active_units=units.count(),
     )
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """How N data and K particles are cut into chunks that fit into memory."""
-
-    program: LatentModel
-    num_particles: int
-    survey: Survey
-    batches: Iterator[Batch]
-    num_data: int | None
-    batch_size: int
-    chunk_size: int
-
-    @staticmethod
-    def of(
-        program: LatentModel,
-        data: Any,
-        num_particles: int,
-        batch_size: int | None = None,
-        chunk_size: int | None = None,
-    ) -> "_Plan":
-        for name, size in (("batch_size", batch_size), ("chunk_size", chunk_size)):
-            if size is not None and size < 1:
-                raise ValueError(f"Expected {name} to be at least 1; got {size}")
-        data = as_data(data)
-        batches = stream(data, device=next((p.device for p in program.parameters()), None))
-        first = next(batches, None)
-        if first is None:
-            raise ValueError("Expected data to hold at least one datum; got an empty DataLoader")
-        survey = Survey.of(program, first)
-        rows = max(1, NUMBERS_AT_ONCE // survey.width)
-        chunk_size = min(num_particles, chunk_size or rows)
-        batch_size = batch_size or max(1, rows // chunk_size)
-        return _Plan(program, num_particles, survey, chain([first], batches), count(data), batch_size, chunk_size)
-
-    def parts(self, title: str, progress: bool) -> Iterator[tuple[int, Batch]]:
-        """Chunks of data in order, each with the index of its first datum."""
-        done = 0
-        with tqdm(total=self.num_data, unit=" data", desc=title, mininterval=0.5, disable=not progress) as bar:
-            for batch in self.batches:
-                self.survey.check_support(batch, "data")
-                for start in range(0, num_rows(batch), self.batch_size):
-                    part = {key: value[start : start + self.batch_size] for key, value in batch.items()}
-                    yield done, part
-                    done += num_rows(part)
-                    bar.update(num_rows(part))
-
-    def draws(self, first: int, part: Batch) -> Iterator[Draw]:
-        """Chunks of particles for a chunk of data, K in all."""
-        for start in range(0, self.num_particles, self.chunk_size):
-            drawn = draw(self.program, part, min(self.chunk_size, self.num_particles - start), self.survey)
-            bad = torch.isnan(drawn.log_weights) | (drawn.log_weights == torch.inf)
-            if bool(bad.any()):
-                datum = first + int(bad.any(0).nonzero()[0])
-                found = drawn.log_weights[bad][0].item()
-                raise FloatingPointError(
-                    f"Expected finite log-weights; got {found} at datum {datum}: {drawn.first_bad()}"
-                )
-            yield drawn
 
 
 class _ActiveUnits:
@@ -227,9 +174,9 @@ class _ActiveUnits:
         self.chunk: dict[str, Tensor] = {}  # over the particles, (n, D), of one chunk of data
         self.particles = 0
 
-    def add(self, drawn: Draw) -> None:
-        k = len(drawn.log_weights)
-        for name, mean in drawn.posterior_means().items():
+    def add(self, weights: Weights) -> None:
+        k = len(weights.log_weights)
+        for name, mean in weights.means.items():
             self.chunk[name] = self.chunk.get(name, 0) + k * mean.double()
         self.particles += k
 
@@ -244,7 +191,8 @@ class _ActiveUnits:
         counts = {}
         for name, sums in self.sums.items():
             mean, square = sums / self.num_data
-            counts[name] = int((square - mean**2 > ACTIVE_VARIANCE).sum())
+            if not bool(mean.isnan().all()):  # a class has no mean
+                counts[name] = int((square - mean**2 > ACTIVE_VARIANCE).sum())
         return counts
 
 
@@ -333,15 +281,15 @@ def compare(
     with program.inference(seed), pyro.validation_enabled(False):
         if isinstance(data, Data) and data.dynamic:  # both passes must see the same bits
             data = Data(next(data.batches(len(data))))
-        for _, part in _Plan.of(program, data, 1).parts("ELBOs", progress):
+        for _, part in Plan.of(program, data, 1).parts("ELBOs", progress):
             elbos, apart = _elbos(program, part, elbo_draws)
             for name, column in elbos.items():
                 columns.setdefault(name, []).append(column)
             if apart is not None:
                 difference = max(apart, difference or 0.0)
-        plan = _Plan.of(program, data, ks[-1])
+        plan = Plan.of(program, data, ks[-1])
         for first, part in plan.parts(f"bounds up to K = {ks[-1]}", progress):
-            log_w = torch.cat([drawn.log_weights.double() for drawn in plan.draws(first, part)])
+            log_w = torch.cat([weights.log_weights.double() for weights in plan.weights(first, part)])
             for k in ks:
                 columns.setdefault(f"bound, K = {k}", []).append(_bound(log_w, k))
             exact: Callable[..., Tensor] | None = getattr(program, "log_prob", None)

@@ -3,7 +3,7 @@
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from copy import deepcopy
 from functools import partial
@@ -18,14 +18,15 @@ from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
 from pyrovae import checkpoint
-from pyrovae.conditionals.conditional import networks_in
+from pyrovae.compiled import Compile
+from pyrovae.conditionals.conditional import PRECISIONS, networks_in
 from pyrovae.data import Batch, Data, as_data, count, num_rows, stream
-from pyrovae.evaluate import NUMBERS_AT_ONCE
+from pyrovae.draws import NUMBERS_AT_ONCE, Draws, evenly
+from pyrovae.objectives import CompiledLoss, accumulate
 from pyrovae.program import LatentModel, check_keys
 from pyrovae.traces import Survey, check_arguments, draw
 
 History = list[dict[str, float]]
-PRECISIONS = ("32-true", "bf16-mixed")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 SECONDS_BETWEEN_WRITES = 1.0  # so that writing costs short epochs no more than a few per cent
 MEASURED = 10_000  # training data whose ELBO is measured after each epoch
@@ -49,6 +50,7 @@ def fit(
     resume: bool = False,
     device: str = "auto",
     precision: str = "32-true",
+    compile: Compile = False,
     progress: bool = True,
 ) -> History:
     """Train a program by stochastic variational inference (Kingma and Welling 2019, Algorithm 1).
@@ -80,6 +82,9 @@ def fit(
         device: auto, cpu, cuda or mps; the program stays there.
         precision: 32-true (as the program's parameters are) or bf16-mixed (the networks of all
             Conditionals in bfloat16; densities, weights and optimizer stay).
+        compile: run loss and gradients as one compiled graph; seconds to minutes are spent on compiling, once for
+            each shape of a minibatch. "auto" goes on uncompiled, with a warning, where the program or
+            the machine does not allow it.
         progress: show a progress bar.
 
     Returns:
@@ -90,6 +95,7 @@ def fit(
     Raises:
         ValueError: for bad data or settings, data outside the support of the likelihood, latents of model and guide
             that do not fit, a program without parameters, a checkpoint of another run.
+        CompileError: where `compile` is True and the program cannot be compiled, or there is no C++ compiler.
         FileExistsError, FileNotFoundError: where `run_dir` is there and should not be, or the other way round.
         FloatingPointError: where the loss is not finite, naming the site; the last good checkpoint stays.
 
@@ -119,6 +125,7 @@ def fit(
         "grad_clip": grad_clip,
         "seed": seed,
         "precision": precision,
+        "compile": compile,
         "num_train": count(train),
         "num_val": None if val is None else count(val),
     }
@@ -145,7 +152,7 @@ def _check_positive(**values: float | None) -> None:
             raise ValueError(f"Expected {name} to be a positive {'whole ' if whole else ''}number; got {value!r}")
 
 
-def _check_known(**options: tuple[str, tuple[str, ...]]) -> None:
+def _check_known(**options: tuple[Any, Iterable[str]]) -> None:
     for name, (value, known) in options.items():
         if value not in known:
             raise ValueError(f"Expected {name} to be one of {', '.join(known)}; got {value!r}")
@@ -201,7 +208,6 @@ class _Run:
         from lightning_fabric import Fabric
 
         self.fabric = Fabric(accelerator=device, devices=1)
-        self.network_dtype = torch.bfloat16 if settings["precision"] == "bf16-mixed" else None
         self.program = program.to(self.fabric.device)
         self.settings, self.folder, self.rate = settings, folder, rate
         self.train, self.val = (
@@ -214,6 +220,9 @@ class _Run:
         self.loss, self.optimizer = self.fabric.setup(_Loss(program, elbo), optimizer(parameters, lr=rate(1)))
         with torch.random.fork_rng():  # the order of the data has a generator of its own
             self.generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+        compile = settings["compile"]
+        self.compiled = CompiledLoss(elbo, program.model, program.guide, compile) if compile is not False else None
+        self.draws = Draws(program, self.survey, compile)
         self.history: History = []
         self.best_epoch, self.best = 0, {}
         self.kept: dict[str, Any] | None = None
@@ -305,8 +314,8 @@ class _Run:
         noise = torch.get_rng_state()
         self.optimizer.zero_grad()
         try:
-            with networks_in(self.network_dtype):
-                loss = self.loss(batch)
+            with networks_in(self.settings["precision"]):
+                loss, backward = self._loss(batch)
         except (RuntimeError, ValueError) as error:
             self._check_parameters(error)
             raise
@@ -316,12 +325,20 @@ class _Run:
             with torch.no_grad():
                 bad = draw(self.program, batch, 1, self.survey).first_bad() or "no site, when run again"
             raise FloatingPointError(self._complaint(f"a loss of {value}", bad))
-        self.fabric.backward(loss)
+        backward()
         if self.settings["grad_clip"] is not None:
             clip = self.settings["grad_clip"]
             self.fabric.clip_gradients(self.loss, self.optimizer, max_norm=clip, error_if_nonfinite=False)
         self.optimizer.step()
         return value
+
+    def _loss(self, batch: Batch) -> tuple[Tensor, Callable[[], None]]:
+        """The loss, and what gives the parameters their gradients."""
+        if self.compiled is not None:
+            loss, variables, grads = self.compiled(**batch)
+            return loss, lambda: accumulate(variables, grads)
+        loss = self.loss(batch)
+        return loss, lambda: self.fabric.backward(loss)
 
     def _check_parameters(self, cause: Exception | None = None) -> None:
         bad = [name for name, p in self.program.named_parameters() if not bool(torch.isfinite(p).all())]
@@ -336,17 +353,17 @@ class _Run:
         """ELBO, log p(x | z) and KL with one draw for each datum."""
         data = self.val if name == "val" else self.train
         sums, seen = torch.zeros(3, dtype=torch.float64), 0
-        rows = max(1, NUMBERS_AT_ONCE // self.survey.width)
+        most = max(1, NUMBERS_AT_ONCE // self.survey.width)
         with self.program.inference(MEASURING_SEED):
             if name == "train" and isinstance(data, Data) and limit is not None and len(data) > limit:
                 data = data.rows(torch.randperm(len(data))[:limit].to(self.fabric.device))
-            for batch in self._stream(data, name, rows):
+            for batch in self._stream(data, name, evenly(len(data), most) if isinstance(data, Data) else None):
                 check_keys(batch, self.program.model, self.program.guide)
                 self.survey.check_support(batch, name)
-                drawn = draw(self.program, batch, 1, self.survey)
-                terms = drawn.log_weights, drawn.log_px_z, drawn.kl
+                weights = self.draws(batch, 1, seen)
+                terms = weights.log_weights, weights.log_px_z, weights.kl
                 sums += torch.stack([term.double().sum().cpu() for term in terms])
-                seen += drawn.log_weights.shape[1]
+                seen += num_rows(batch)
                 if name == "train" and seen >= (limit or MEASURED) and not (limit is None and isinstance(data, Data)):
                     break
         if seen == 0:
@@ -394,8 +411,9 @@ class _Run:
             ValueError: where the checkpoint is that of a run with other settings or of another program.
         """
         for name, value in self.settings.items():
-            if saved["settings"][name] != value:
-                raise ValueError(f"Expected {name}={saved['settings'][name]}, as the run to resume has; got {value}")
+            before = saved["settings"].get(name, value)
+            if before != value:
+                raise ValueError(f"Expected {name}={before}, as the run to resume has; got {value}")
         checkpoint.fill(self.program, saved["program"], f"{self.folder}/{checkpoint.CHECKPOINT}")
         self.optimizer.load_state_dict(saved["optimizer"])
         self.history, self.best_epoch = saved["history"], saved["best_epoch"]

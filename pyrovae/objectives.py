@@ -16,23 +16,26 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from pyrovae.compiled import Compiled, CompileError
+from pyrovae.compiled import Compile, Compiled, CompileError
 
 
 class CompiledLoss:
     """A program's loss and its gradients as one compiled function of the program's arguments.
 
     Args:
-        differentiable_loss: that method of any `pyro.infer.ELBO`.
+        elbo: any `pyro.infer.ELBO`.
         model, guide: Pyro programs of static structure, which have run before, so that their parameters are there.
+
+        compile: True, or "auto" as for `Compiled`.
 
     Attributes:
         graphs: the `Compiled`; its `num_traces` says how many times the program was traced.
     """
 
-    def __init__(self, differentiable_loss: Callable[..., Any], model: Callable[..., Any], guide: Callable[..., Any]):
-        self.differentiable_loss, self.model, self.guide = differentiable_loss, model, guide
-        self.graphs = Compiled(self._value_and_grads, (model, guide))
+    def __init__(self, elbo: Any, model: Callable[..., Any], guide: Callable[..., Any], compile: Compile = True):
+        elbo = getattr(elbo, "uncompiled", elbo)
+        self.elbo, self.model, self.guide = elbo, model, guide
+        self.graphs = Compiled(self._value_and_grads, (model, guide), compile)
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """The loss `()`; the parameters, as optimized, and arguments that it depends on; its gradients in these."""
@@ -44,8 +47,8 @@ class CompiledLoss:
         return loss, variables, grads
 
     def _value_and_grads(self, *args: Any, **kwargs: Any) -> tuple[Tensor, list[Tensor], "_Origins"]:
-        with _traceable(self.differentiable_loss):
-            loss = torch.as_tensor(self.differentiable_loss(self.model, self.guide, *args, **kwargs))
+        with _traceable(self.elbo):
+            loss = torch.as_tensor(self.elbo.differentiable_loss(self.model, self.guide, *args, **kwargs))
         given = {id(value): i for i, value in enumerate(pytree.tree_leaves((args, kwargs)))}
         variables = _variables(loss)
         grads = torch.autograd.grad(loss, variables) if variables else []
@@ -75,10 +78,9 @@ def _variables(loss: Tensor) -> list[Tensor]:
 
 
 @contextmanager
-def _traceable(differentiable_loss: Callable[..., Any]) -> Iterator[None]:
+def _traceable(elbo: Any) -> Iterator[None]:
     """While an ELBO of Pyro's is traced, its three detours through Python numbers stay among the tensors."""
-    owner = getattr(differentiable_loss, "__self__", None)
-    modules = {sys.modules[cls.__module__] for cls in type(owner).__mro__}
+    modules = {sys.modules[cls.__module__] for cls in getattr(elbo, "__self_class__", type(elbo)).__mro__}
     store = pyro.get_param_store()
     before = set(store.keys())
     with ExitStack() as stack:
@@ -172,7 +174,7 @@ class _CompiledELBO(ELBO):
         return sum(loss.graphs.num_traces for loss, _ in self._losses.values())
 
     @property
-    def _uncompiled(self) -> Any:
+    def uncompiled(self) -> Any:
         """This ELBO with the methods of its namesake."""
         return super()
 
@@ -187,14 +189,14 @@ class _CompiledELBO(ELBO):
         with poutine.trace(param_only=True) as capture:
             result = method(model, guide, *args, **kwargs)
         params = {name: pyro.get_param_store()._params.get(name) for name in capture.trace.nodes}
-        self._losses[model, guide] = CompiledLoss(self._uncompiled.differentiable_loss, model, guide), params
+        self._losses[model, guide] = CompiledLoss(self, model, guide), params
         return result
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
         """The loss `()`, to be differentiated once."""
         loss = self._loss(model, guide)
         if loss is None:
-            return self._first(self._uncompiled.differentiable_loss, model, guide, *args, **kwargs)
+            return self._first(self.uncompiled.differentiable_loss, model, guide, *args, **kwargs)
         value, variables, grads = loss(*args, **kwargs)
         warn_if_nan(value, "loss")
         return _Given.apply(value, grads, *variables) if variables else value
@@ -208,7 +210,7 @@ class _CompiledELBO(ELBO):
         """The loss; its gradients are added to those that the parameters have."""
         loss = self._loss(model, guide)
         if loss is None:
-            return self._first(self._uncompiled.loss_and_grads, model, guide, *args, **kwargs)
+            return self._first(self.uncompiled.loss_and_grads, model, guide, *args, **kwargs)
         for name in self._losses[model, guide][1]:
             pyro.param(name)  # for handlers around, as SVI's, which gathers parameters by them
         value, variables, grads = loss(*args, **kwargs)

@@ -54,7 +54,7 @@ class Draw:
         return _sum(self.guide) - _sum(self.latents)
 
     def posterior_means(self) -> dict[str, Tensor]:
-        """E_q[z | x] of each of the guide's sites, `(N, D)`: exact where the family knows its mean, averaged over K."""
+        """E_q[z | x] of each of the guide's sites, `(N, D)`: exact where the family knows it, averaged over K."""
         means = {}
         for name, site in self.guide_sites.items():
             try:
@@ -62,13 +62,25 @@ class Draw:
             except NotImplementedError:
                 value = site["value"]
             plate = next(frame for frame in site["cond_indep_stack"] if frame.name == self.plate_name)
-            if bool(value.isnan().all()):  # a class has no mean
-                continue
             value = value.movedim(plate.dim - site["fn"].event_dim, 0)  # data first, then the particles' plate
             if _together(site):
                 value = value.movedim(1, 0)
             means[name] = value.reshape(*self.guide[name].shape, -1).mean(0)
         return means
+
+    def supported(self) -> Tensor:
+        """Whether all observed values lie within the supports of their sites, `()`."""
+        inside = [site["fn"].support.check(site["value"]).all() for site in self._checked()]
+        return torch.stack(inside).all() if inside else self.log_weights.new_ones(()).bool()
+
+    def check_support(self) -> None:
+        """Raises ValueError where observed values lie outside the support of their site."""
+        for site in self._checked():
+            _check_support("values", site["value"], site["name"], site["fn"].support)
+
+    def _checked(self) -> list[Any]:
+        sites = [self.model_sites[name] for name in self.observed]
+        return [site for site in sites if site["mask"] is None and _is_fixed(site["fn"].support)]
 
     def first_bad(self) -> str | None:
         """Where the first value or log-probability that is not finite stands, in the order of execution."""
@@ -118,7 +130,9 @@ def log_weights(program: LatentModel, batch: Any, num_particles: int) -> Tensor:
     check_finite(batch, "batch")
     survey = Survey.of(program, batch)
     with program.scope():
-        return draw(program, batch, num_particles, survey).log_weights
+        drawn = draw(program, batch, num_particles, survey)
+    drawn.check_support()
+    return drawn.log_weights
 
 
 def check_arguments(program: Any, num_particles: int = 1) -> None:
@@ -170,7 +184,7 @@ class Survey:
                 widest.numel = 0
                 traces = _run_on(program, two)
                 nesting = _nesting(traces)
-                drawn = _read(program, traces, 1, n, nesting, supported=True)  # looked at below, under the data's name
+                drawn = _read(program, traces, 1, n, nesting)  # support: looked at below, under the data's name
             observed = [drawn.model_sites[site] for site in drawn.observed]
             sizes = [site["value"].numel() for site in (*drawn.guide_sites.values(), *drawn.model_sites.values())]
             survey = Survey(
@@ -191,7 +205,7 @@ class Survey:
             if bool(torch.isnan(drawn.log_weights).any()):
                 raise FloatingPointError(f"Expected finite log-weights; got NaN: {drawn.first_bad()}")
             with pyro.validation_enabled(True):
-                _read(program, _run(program, two), 1, n, nesting)
+                _read(program, _run(program, two), 1, n, nesting).check_support()
                 # at two lengths, lest a network take data for features where there are as many of them
                 vectorized = all(_broadcasts(program, rows, nesting) for rows in (two, three))
         return replace(survey, vectorized=vectorized)
@@ -341,15 +355,12 @@ def _particle(guide_trace: poutine.Trace, k: int, nesting: int) -> poutine.Trace
     return particle
 
 
-def _read(program: LatentModel, traces: Traces, num_particles: int, n: int, dims: int, supported: bool = False) -> Draw:
+def _read(program: LatentModel, traces: Traces, num_particles: int, n: int, dims: int) -> Draw:
     guide, model = map(_sites, traces)
     latents = [name for name, site in model.items() if not site["is_observed"]]
     _check_latents(latents, guide)
     if len(latents) == len(model):
         raise ValueError(f"Expected the model to observe data; got only latent sites, {sorted(latents)}")
-    for name, site in model.items():
-        if not supported and site["is_observed"] and _is_fixed(site["fn"].support) and site["mask"] is None:
-            _check_support("values", site["value"], name, site["fn"].support)
     log_q = {name: _log_prob(program, site, num_particles, n, dims) for name, site in guide.items()}
     log_p = {name: _log_prob(program, site, num_particles, n, dims) for name, site in model.items()}
     return Draw(

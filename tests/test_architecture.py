@@ -19,7 +19,8 @@ FLOORS = [
     ("conditionals", "program"),
     ("traces", "compiled"),
     ("models",),
-    ("evaluate", "checkpoint", "objectives"),
+    ("checkpoint", "objectives", "draws"),
+    ("evaluate",),
     ("fit", "plots"),
     ("cli",),
 ]

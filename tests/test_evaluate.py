@@ -27,7 +27,7 @@ from pyrovae.conditionals import DiagonalNormal
 from pyrovae.data import Data
 from pyrovae.weights import WeightSums
 
-module = importlib.import_module("pyrovae.evaluate")
+module = importlib.import_module("pyrovae.draws")
 
 
 def wrong_guide(dtype=torch.float32, x_dim=6):

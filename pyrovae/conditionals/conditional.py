@@ -12,13 +12,20 @@ from torch import Tensor, nn
 
 from pyrovae.nets import MLP, Activation
 
+PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16}
 _NETWORK_DTYPE: ContextVar[torch.dtype | None] = ContextVar("_NETWORK_DTYPE", default=None)
 
 
 @contextmanager
-def networks_in(dtype: torch.dtype | None) -> Iterator[None]:
-    """Run the networks of all Conditionals in this dtype, never their densities; None leaves them alone."""
-    token = _NETWORK_DTYPE.set(dtype)
+def networks_in(precision: str) -> Iterator[None]:
+    """Run the networks of all Conditionals, never their densities, in bfloat16 (bf16-mixed) or as they are (32-true).
+
+    Raises:
+        ValueError: for another precision.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"Expected precision to be one of {', '.join(PRECISIONS)}; got {precision!r}")
+    token = _NETWORK_DTYPE.set(PRECISIONS[precision])
     try:
         yield
     finally:
