@@ -13,6 +13,7 @@ import tyro
 
 from pyrovae import checkpoint, conditionals, models, plots, sources
 from pyrovae import data as data_sets
+from pyrovae.compiled import CompileError
 from pyrovae.evaluate import compare, evaluate
 from pyrovae.fit import fit
 from pyrovae.program import LatentModel
@@ -63,6 +64,8 @@ class Train:
     """Where to train."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     """bf16-mixed: networks in bfloat16."""
+    compile: bool = False
+    """Compile training and evaluation: takes a minute at first, and pays from some minutes of training on."""
     num_particles: int = 5000
     """K of the importance-sampled log-likelihood at the end."""
     out: Path | None = None
@@ -83,6 +86,10 @@ class Evaluate:
     """Which part of the data."""
     seed: int = 0
     """Of the draws."""
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    """bf16-mixed: networks in bfloat16."""
+    compile: bool = False
+    """Compile the program: pays from thousands of data on."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +128,7 @@ def main() -> None:
     try:
         command = _parse(sys.argv[1:])
         actions[type(command)](command)
-    except (ValueError, FloatingPointError, OSError) as error:
+    except (ValueError, FloatingPointError, OSError, CompileError) as error:
         print(f"pyrovae: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -201,6 +208,7 @@ def _train(command: Train) -> None:
         resume=command.resume,
         device=command.device,
         precision=command.precision,
+        compile=command.compile,
     )
     _record(command, splits, folder)
     best = max(history, key=lambda row: row["val_elbo"])
@@ -216,7 +224,7 @@ def _train(command: Train) -> None:
     }
     for name, figure in pictures.items():
         _draw(figure, folder / f"{name}.png")
-    _evaluate(Evaluate(folder, command.num_particles), program)
+    _evaluate(Evaluate(folder, command.num_particles, compile=command.compile), program)
     ladder = tuple(k for k in Compare.num_particles if k < command.num_particles)
     _compare(Compare(folder, (*ladder, command.num_particles)), program)
 
@@ -225,7 +233,14 @@ def _evaluate(command: Evaluate, program: LatentModel | None = None) -> None:
     """`pyrovae evaluate`."""
     program, splits = _open(command.run, program)
     data = getattr(splits, command.part).select("x")
-    result = evaluate(program, data, command.num_particles, seed=command.seed)
+    result = evaluate(
+        program,
+        data,
+        command.num_particles,
+        seed=command.seed,
+        precision=command.precision,
+        compile=command.compile,
+    )
     per_datum = {name: getattr(result, name).tolist() for name in ("log_px", "elbo", "standard_error", "ess", "k_hat")}
     content = {"part": command.part, "seed": command.seed, **result.summary(), "per_datum": per_datum}
     checkpoint.write_json(command.run / "evaluation.json", content)

@@ -204,7 +204,7 @@ def _tracing(watch: Sequence[Any]) -> Iterator["PythonState"]:
             error.add_note(f"(while the program was traced, in order to compile it{where})")
             raise
         raise CompileError(
-            f"Expected a program whose Python does not depend on values of tensors; got {_first_line(error)}"
+            f"Expected a program whose Python does not depend on values of tensors; got {_operation(error)}"
             f"{where}{_users_line(error)}. Write the choice with torch.where or a mask, or run uncompiled "
             "(compile=False)"
         ) from error
@@ -225,6 +225,10 @@ def _depends_on_values(error: Exception) -> bool:
     text = f"{type(error).__name__} {error}"
     marks = ("data-dependent", "DataDependent", "DynamicOutputShape", "tracing tensor", "for tensor subclasses")
     return any(mark in text for mark in marks)
+
+
+def _operation(error: Exception) -> str:
+    return "a choice by a tensor's value" if "SymNode" in type(error).__name__ else _first_line(error)
 
 
 def _first_line(error: Exception) -> str:
@@ -290,7 +294,7 @@ class PythonState:
             if len(before) <= LARGEST:
                 for key, part in zip(list(keys()), before, strict=True):
                     if not isinstance(value, nn.Module) or key not in _NOT_FOLLOWED:
-                        self._walk(f"{name}.{key}", part)
+                        self._walk(type(part).__name__ if key == "__self__" else f"{name}.{key}", part)
 
     def changed(self) -> str | None:
         """The name of a value that is not what it was; None where there is none."""
@@ -322,7 +326,7 @@ def _places(value: Any) -> Iterator[tuple[Callable[[], Any], Callable[[], Any]]]
     if isinstance(value, partial):
         yield lambda: ("func", "args", "keywords"), lambda: (value.func, value.args, value.keywords)
     elif isinstance(value, types.MethodType):
-        yield lambda: ("self", "function"), lambda: (value.__self__, value.__func__)
+        yield lambda: ("__self__", "__func__"), lambda: (value.__self__, value.__func__)
     elif isinstance(value, types.FunctionType):
         names, space = value.__code__.co_names, value.__globals__
         if value.__closure__:

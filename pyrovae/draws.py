@@ -48,10 +48,14 @@ class Draws:
         program: a `LatentModel`.
         survey: what is known of it.
         compile: run large draws as a compiled graph, one for each shape; "auto": where that is possible.
+
+    Attributes:
+        rows: how many draws, of all data together, fit into memory at once.
     """
 
     def __init__(self, program: LatentModel, survey: Survey, compile: Compile = False):
         self.program, self.survey = program, survey
+        self.rows = max(1, NUMBERS_AT_ONCE // survey.width)
         watch = program.model, program.guide
         self.compiled = self._weigh if compile is False else Compiled(self._weigh, watch, compile)
 
@@ -128,10 +132,9 @@ class Plan:
         if first is None:
             raise ValueError("Expected data to hold at least one datum; got an empty DataLoader")
         survey = Survey.of(program, first)
-        rows = max(1, NUMBERS_AT_ONCE // survey.width)
-        chunk_size = min(num_particles, chunk_size or evenly(num_particles, rows))
-        batch_size = batch_size or evenly(num_rows(first), max(1, rows // chunk_size))
         draws = Draws(program, survey, compile)
+        chunk_size = min(num_particles, chunk_size or evenly(num_particles, draws.rows))
+        batch_size = batch_size or evenly(num_rows(first), max(1, draws.rows // chunk_size))
         return Plan(draws, num_particles, chain([first], batches), count(data), batch_size, chunk_size)
 
     def parts(self, title: str, progress: bool) -> Iterator[tuple[int, Batch]]:

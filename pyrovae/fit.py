@@ -21,7 +21,7 @@ from pyrovae import checkpoint
 from pyrovae.compiled import Compile
 from pyrovae.conditionals.conditional import PRECISIONS, networks_in
 from pyrovae.data import Batch, Data, as_data, count, num_rows, stream
-from pyrovae.draws import NUMBERS_AT_ONCE, Draws, evenly
+from pyrovae.draws import Draws, evenly
 from pyrovae.objectives import CompiledLoss, accumulate
 from pyrovae.program import LatentModel, check_keys
 from pyrovae.traces import Survey, check_arguments, draw
@@ -82,9 +82,8 @@ def fit(
         device: auto, cpu, cuda or mps; the program stays there.
         precision: 32-true (as the program's parameters are) or bf16-mixed (the networks of all
             Conditionals in bfloat16; densities, weights and optimizer stay).
-        compile: run loss and gradients as one compiled graph; seconds to minutes are spent on compiling, once for
-            each shape of a minibatch. "auto" goes on uncompiled, with a warning, where the program or
-            the machine does not allow it.
+        compile: run loss and gradients as one compiled graph; compiling takes seconds, for each shape of a minibatch.
+            "auto" goes on uncompiled, with a warning, where the program or the machine does not allow it.
         progress: show a progress bar.
 
     Returns:
@@ -291,22 +290,21 @@ class _Run:
             total += self._step(batch)
             seen += num_rows(batch)
             bar.update()
-        seconds = time.perf_counter() - start
+        row = {"epoch": len(self.history) + 1, "seconds": time.perf_counter() - start, "loss": total / seen}
         self._check_parameters()
-        row = {"epoch": len(self.history) + 1, "seconds": seconds, "loss": total / seen, **self._measure("train")}
+        row |= self._measure("train")
         if self.val is not None:
             row |= {f"val_{name}": value for name, value in self._measure("val").items()}
         self.history.append(row)
-        if self.val is not None and self._is_best(row):
+        if self.val is not None and not (
+            self.best and self.history[self.best_epoch - 1]["val_elbo"] >= row["val_elbo"]
+        ):
             self.best_epoch = len(self.history)
             self.best = {name: value.clone() for name, value in self.program.state_dict().items()}
         shown = [f"ELBO {row['elbo']:.2f}"]
         if self.val is not None:
             shown += [f"val {row['val_elbo']:.2f}", f"best {self.history[self.best_epoch - 1]['val_elbo']:.2f}"]
         bar.set_postfix_str(", ".join(shown))
-
-    def _is_best(self, row: dict[str, float]) -> bool:
-        return self.best_epoch == 0 or not self.history[self.best_epoch - 1]["val_elbo"] >= row["val_elbo"]
 
     def _step(self, batch: Batch) -> float:
         if not isinstance(self.train, Data) or self.train.dynamic:
@@ -326,8 +324,7 @@ class _Run:
                 bad = draw(self.program, batch, 1, self.survey).first_bad() or "no site, when run again"
             raise FloatingPointError(self._complaint(f"a loss of {value}", bad))
         backward()
-        if self.settings["grad_clip"] is not None:
-            clip = self.settings["grad_clip"]
+        if (clip := self.settings["grad_clip"]) is not None:
             self.fabric.clip_gradients(self.loss, self.optimizer, max_norm=clip, error_if_nonfinite=False)
         self.optimizer.step()
         return value
@@ -353,11 +350,12 @@ class _Run:
         """ELBO, log p(x | z) and KL with one draw for each datum."""
         data = self.val if name == "val" else self.train
         sums, seen = torch.zeros(3, dtype=torch.float64), 0
-        most = max(1, NUMBERS_AT_ONCE // self.survey.width)
         with self.program.inference(MEASURING_SEED):
             if name == "train" and isinstance(data, Data) and limit is not None and len(data) > limit:
                 data = data.rows(torch.randperm(len(data))[:limit].to(self.fabric.device))
-            for batch in self._stream(data, name, evenly(len(data), most) if isinstance(data, Data) else None):
+            for batch in self._stream(
+                data, name, evenly(len(data), self.draws.rows) if isinstance(data, Data) else None
+            ):
                 check_keys(batch, self.program.model, self.program.guide)
                 self.survey.check_support(batch, name)
                 weights = self.draws(batch, 1, seen)
