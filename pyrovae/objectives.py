@@ -184,10 +184,10 @@ class _CompiledELBO(ELBO):
         known = pyro.get_param_store()._params
         return loss if all(known.get(name) is value for name, value in params.items()) else None
 
-    def _first(self, method: Callable[..., Any], model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
+    def _first(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
         """The first call of a program makes its parameters; it runs uncompiled."""
         with poutine.trace(param_only=True) as capture:
-            result = method(model, guide, *args, **kwargs)
+            result = self.uncompiled.differentiable_loss(model, guide, *args, **kwargs)
         params = {name: pyro.get_param_store()._params.get(name) for name in capture.trace.nodes}
         self._losses[model, guide] = CompiledLoss(self, model, guide), params
         return result
@@ -196,7 +196,7 @@ class _CompiledELBO(ELBO):
         """The loss `()`, to be differentiated once."""
         loss = self._loss(model, guide)
         if loss is None:
-            return self._first(self.uncompiled.differentiable_loss, model, guide, *args, **kwargs)
+            return self._first(model, guide, *args, **kwargs)
         value, variables, grads = loss(*args, **kwargs)
         warn_if_nan(value, "loss")
         return _Given.apply(value, grads, *variables) if variables else value
@@ -210,7 +210,10 @@ class _CompiledELBO(ELBO):
         """The loss; its gradients are added to those that the parameters have."""
         loss = self._loss(model, guide)
         if loss is None:
-            return self._first(self.uncompiled.loss_and_grads, model, guide, *args, **kwargs)
+            value = torch.as_tensor(self._first(model, guide, *args, **kwargs))
+            if value.requires_grad:
+                value.backward()
+            return value.item()
         for name in self._losses[model, guide][1]:
             pyro.param(name)  # for handlers around, as SVI's, which gathers parameters by them
         value, variables, grads = loss(*args, **kwargs)

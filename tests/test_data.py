@@ -681,3 +681,16 @@ def test_labels_of_the_real_sets(name):
     else:
         with pytest.raises(ValueError, match=f"with labels; got '{name}'"):
             load(name, labels=True)
+
+
+def test_dynamic_binarization_draws_with_the_probabilities_that_it_is_given():
+    p = torch.tensor([0.0, 1 / 255, 0.3, 0.5, 254 / 255, 1.0])
+    data = Data(p.expand(100_000, 6), dynamic=True)
+    x = next(data.batches(100_000, shuffle=torch.Generator().manual_seed(0)))["x"]
+    assert x.unique().tolist() == [0, 1]
+    error = (p * (1 - p) / 100_000).sqrt()
+    assert ((x.mean(0) - p).abs() <= 5 * error + 2**-17).all(), "seed 0; 0 and 1 exactly"
+    together = ((x - x.mean(0)).T @ (x - x.mean(0)) / 100_000)[1:5, 1:5]
+    spread = x[:, 1:5].std(0)
+    correlations = together / spread / spread.unsqueeze(1) - torch.eye(4)
+    assert (correlations.abs() < 5 / 100_000**0.5).all(), "seed 0: neighbours are independent"

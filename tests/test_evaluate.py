@@ -23,7 +23,7 @@ from pyrovae import (
     log_weights,
     reference,
 )
-from pyrovae.conditionals import DiagonalNormal
+from pyrovae.conditionals import DiagonalNormal, FullNormal
 from pyrovae.data import Data
 from pyrovae.weights import WeightSums
 
@@ -120,6 +120,47 @@ def test_chunks_of_1_7_and_1000_give_the_same_numbers_under_the_same_noise(table
     for name in ("log_px", "elbo", "standard_error", "ess", "k_hat"):
         assert_close(getattr(chunked, name), getattr(whole, name), rtol=0, atol=1e-8, msg=name)
     assert chunked.active_units == whole.active_units
+
+
+@pytest.mark.usefixtures("float64")
+def test_compiled_and_not_give_the_same_numbers_from_the_same_seed(monkeypatch):
+    monkeypatch.setattr(module, "WORTH_COMPILING", 1)
+    x = (torch.rand(13, 6) < 0.5).double()
+    program = VAE.mlp(6, 2, (5,), posterior=FullNormal)
+    options = {"chunk_size": 50, "batch_size": 7, "seed": 0, "progress": False}
+    plain, compiled = (evaluate(program, x, 100, compile=compile, **options) for compile in (False, True))
+    for name in ("log_px", "elbo", "standard_error", "ess", "k_hat"):
+        assert_close(getattr(compiled, name), getattr(plain, name), rtol=1e-8, atol=1e-9, msg=name)
+    assert compiled.active_units == plain.active_units
+
+
+def test_compiled_evaluation_sees_data_outside_the_support_that_the_model_makes(monkeypatch):
+    monkeypatch.setattr(module, "WORTH_COMPILING", 1)
+
+    class Doubling(VAE):
+        def model(self, x):
+            return super().model(2 * x)
+
+    x = torch.zeros(5, 6)
+    program = Doubling.mlp(6, 2, (5,))
+    assert torch.isfinite(evaluate(program, x, 3, compile=True, progress=False).log_px).all()
+    x[4] = 1
+    with pytest.raises(ValueError, match=r"Expected values within the support of site 'x', \{0, 1\}; got 2"):
+        evaluate(program, x, 3, compile=True, progress=False)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_bfloat16_is_for_networks_alone_and_close_to_float32(monkeypatch, compile):
+    monkeypatch.setattr(module, "WORTH_COMPILING", 1)
+    torch.manual_seed(0)
+    program, x = VAE.mlp(64, 5, (50,)), (torch.rand(20, 64) < 0.3).float()
+    inner = set()
+    program.likelihood.net.layers[0].register_forward_hook(lambda module, x, y: inner.add(y.dtype))
+    options = {"seed": 0, "compile": compile, "progress": False}
+    whole, half = (evaluate(program, x, 1000, precision=p, **options) for p in ("32-true", "bf16-mixed"))
+    assert inner == {torch.float32, torch.bfloat16}
+    difference = (half.log_px - whole.log_px).abs()
+    assert 1e-4 < difference.max() < 0.2, "seed 0: bfloat16 has 3 digits, and the sum is about -45"
 
 
 def test_exactly_the_requested_number_of_particles(monkeypatch):
@@ -360,12 +401,14 @@ def test_a_plate_of_another_length_is_named():
         log_weights(as_program(model, guide), x, 1)
 
 
-def test_nan_weights_name_datum_and_site():
+@pytest.mark.parametrize("compile", [False, True])
+def test_nan_weights_name_datum_and_site(monkeypatch, compile):
+    monkeypatch.setattr(module, "WORTH_COMPILING", 1)
     program = VAE.mlp(6, 2)
     with torch.no_grad():
         program.likelihood.net.layers[0].weight.fill_(torch.nan)
     with pytest.raises(FloatingPointError, match=r"got NaN: site 'x' of the model: its log-probability is not finite"):
-        evaluate(program, X, 3, progress=False)
+        evaluate(program, X, 3, compile=compile, progress=False)
 
     class Cracked(VAE):
         """Weights are NaN for one datum alone."""
@@ -378,7 +421,7 @@ def test_nan_weights_name_datum_and_site():
     x = X.clone()
     x[4, 0] = 1
     with pytest.raises(FloatingPointError, match=r"at datum 4: site 'z' of the guide: its value is not finite"):
-        evaluate(Cracked.mlp(6, 2), x, 3, batch_size=2, progress=False)
+        evaluate(Cracked.mlp(6, 2), x, 3, batch_size=2, compile=compile, progress=False)
 
 
 def test_a_guide_outside_the_support_of_the_model_is_refused():

@@ -15,7 +15,17 @@ from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from pyrovae import VAE, LatentModel, LinearGaussian, as_program, checkpoint, data_plate, fit, reference
+from pyrovae import (
+    VAE,
+    CompileError,
+    LatentModel,
+    LinearGaussian,
+    as_program,
+    checkpoint,
+    data_plate,
+    fit,
+    reference,
+)
 from pyrovae.conditionals import Bernoulli, DiagonalNormal, FullNormal, UnitNormal
 from pyrovae.data import Data
 
@@ -179,29 +189,74 @@ def test_training_leaves_the_random_state_as_plain_loops_do():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_loss_that_is_not_finite_names_the_site_and_keeps_the_last_good_checkpoint(tmp_path):
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_loss_that_is_not_finite_names_the_site_and_keeps_the_last_good_checkpoint(tmp_path, compile):
     class Breaking(VAE):
         """Its guide's scale turns NaN in the third epoch."""
 
-        steps = 0
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.register_buffer("steps", torch.zeros(()))
 
         def guide(self, x):
             self.steps += self.training
             with data_plate(x):
                 mu, log_sigma = self.posterior.eta(x).chunk(2, -1)
-                sigma = log_sigma.exp() * (torch.nan if self.steps > 10 else 1)
+                sigma = log_sigma.exp() * torch.where(self.steps > 10, torch.nan, 1.0)
                 pyro.sample("z", dist.Normal(mu, sigma).to_event(1))
 
     x = correlated(40)
     program = Breaking.mlp(4, 2, likelihood=UnitNormal)
     message = r"got a loss of nan in epoch 3: site 'z' of the guide: its value is not finite. The last good checkpoint"
     with pytest.raises(FloatingPointError, match=message):
-        quiet(program, x, correlated(10, seed=1), epochs=5, batch_size=8, seed=0, run_dir=tmp_path / "run")
+        quiet(program, x, correlated(10, seed=1), epochs=5, batch_size=8, seed=0, run_dir=tmp_path / "run", compile=compile)
     saved = checkpoint.read_checkpoint(tmp_path / "run" / "checkpoint.pt")
     assert len(saved["history"]) == 2
     assert all(torch.isfinite(value).all() for value in saved["program"].values())
     best = saved["best"]
     assert all(torch.equal(value, best[name]) for name, value in program.state_dict().items())
+
+
+@pytest.mark.usefixtures("float64")
+def test_compiled_training_stays_with_uncompiled_training():
+    """200 steps with a ragged last minibatch and clipped gradients: the same noise, the same weights."""
+    x, states, histories = correlated(50).double(), [], []
+    for compile in (False, True):
+        torch.manual_seed(1)
+        program = VAE.mlp(4, 2, (5,), likelihood=UnitNormal)
+        options = {"epochs": 50, "batch_size": 15, "grad_clip": 20.0, "lr": 1e-2, "seed": 0}
+        histories.append(quiet(program, x, x[:20], compile=compile, **options))
+        states.append(program.state_dict())
+    for name, value in states[0].items():
+        assert_close(states[1][name], value, rtol=1e-9, atol=1e-9, msg=name)
+    for one, other in zip(*histories, strict=True):
+        assert {**one, "seconds": 0} == pytest.approx({**other, "seconds": 0}, rel=1e-9)
+
+
+def test_compiled_training_resumes_to_the_same_weights(tmp_path):
+    x, weights = correlated(50), []
+    for epochs in ((4,), (2, 4)):
+        for i, until in enumerate(epochs):
+            torch.manual_seed(1)
+            program = VAE.mlp(4, 2, (5,), likelihood=UnitNormal)
+            options = {"epochs": until, "batch_size": 25, "seed": 0, "compile": True}
+            quiet(program, x, x[:20], run_dir=tmp_path / str(epochs), resume=i > 0, **options)
+        weights.append(torch.cat([p.flatten() for p in program.parameters()]))
+    assert torch.equal(*weights)
+
+
+def test_what_cannot_be_compiled_says_so_or_trains_uncompiled():
+    class Choosing(VAE):
+        def guide(self, x):
+            if x.mean() > 0:
+                super().guide(x)
+
+    x = correlated(40).abs()
+    with pytest.raises(CompileError, match=r"choice by a tensor's value.*test_fit.py:\d+: if x.mean\(\) > 0.*compile=False"):
+        quiet(Choosing.mlp(4, 2, (5,), likelihood=UnitNormal), x, epochs=1, compile=True)
+    with pytest.warns(UserWarning, match="Goes on uncompiled"):
+        history = quiet(Choosing.mlp(4, 2, (5,), likelihood=UnitNormal), x, epochs=30, compile="auto", seed=0)
+    assert history[-1]["elbo"] > history[0]["elbo"]
 
 
 def test_a_step_that_ruins_the_parameters_is_never_checkpointed(tmp_path):
@@ -314,6 +369,7 @@ BAD = {
     "patience": (vae, X, {"patience": 3}, r"Expected val with patience"),
     "device": (vae, X, {"device": "tpux"}, r"Expected device to be one of auto, cpu, cuda, mps; got 'tpux'"),
     "precision": (vae, X, {"precision": "8"}, r"Expected precision to be one of 32-true, bf16-mixed; got '8'"),
+    "compile": (vae, X, {"compile": "yes"}, r"Expected compile to be True, False or 'auto'; got 'yes'"),
     "elbo": (vae, X, {"elbo": Trace_ELBO}, r"Expected elbo to be a pyro.infer.ELBO with a differentiable_loss"),
     "optimizer": (vae, X, {"optimizer": 3}, r"Expected optimizer to be a class or function of torch.optim; got int"),
     "half an epoch": (vae, X, {"epochs": 2.5}, r"Expected epochs to be a positive whole number; got 2.5"),
