@@ -19,7 +19,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from pyrovae.conditionals.conditional import network_dtype
 from pyrovae.program import ParamStatements
@@ -78,11 +78,11 @@ class Compiled:
             return self.function(*args, **kwargs)
         leaves, spec = pytree.tree_flatten((args, kwargs))
         graphs = self._graphs.setdefault((spec, *map(_signature, leaves), *_surroundings()), [])
-        graph = next((graph for graph in graphs if graph.state.changed() is None), None)
+        graph = next((graph for graph in graphs if graph.changed() is None), None)
         if graph is None:
             if graphs and self.num_traces >= MANY_TRACES:
                 warnings.warn(
-                    f"Compiled {self.num_traces} times, now because {graphs[-1].state.changed()} changed. What changes "
+                    f"Compiled {self.num_traces} times, now because {graphs[-1].changed()} changed. What changes "
                     "from call to call belongs among the arguments, as a tensor or a float",
                     stacklevel=2,
                 )
@@ -94,7 +94,7 @@ class Compiled:
                 self._failed = True
                 warnings.warn(f"Goes on uncompiled. {error}", stacklevel=2)
                 return self.function(*args, **kwargs)
-            graphs.append(graph)
+            graphs[:] = [*graphs[1 - MANY_TRACES :], graph]
         return graph(leaves)
 
     def _trace(self, leaves: list[Any], spec: Any) -> "_Graph":
@@ -104,22 +104,28 @@ class Compiled:
         floating = (leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point())
         like = next(floating, torch.zeros(())).new_zeros(())  # Python floats become tensors of this kind
         results: dict[str, Any] = {}
+        untouched = _Untouched()
 
         def flat(*tensors: Tensor) -> list[Tensor]:
             values = list(leaves)
             for i, tensor in zip(inputs, tensors, strict=True):
                 values[i] = tensor
             args, kwargs = pytree.tree_unflatten(values, spec)
-            with _NoValues():
+            with untouched:
                 results["out"], results["spec"] = pytree.tree_flatten(self.function(*args, **kwargs))
             return [value for value in results["out"] if isinstance(value, Tensor)]
 
         self.num_traces += 1
         tensors = [_as_tensor(leaves[i], like) for i in inputs]
-        with _tracing(self.watch) as state:
-            graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)
+        try:
+            with _tracing(self.watch) as state:
+                graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)
+        finally:
+            untouched.put_back()
         constants = [_TENSOR if isinstance(value, Tensor) else value for value in results["out"]]
-        return _Graph(_compile(graph, tensors), inputs, like, constants, results["spec"], state)
+        captured = [*graph.parameters(), *graph.buffers()]
+        facts = list(map(_facts, captured))
+        return _Graph(_compile(graph, tensors), inputs, like, constants, results["spec"], state, captured, facts)
 
 
 @dataclass(frozen=True)
@@ -132,11 +138,23 @@ class _Graph:
     constants: list[Any]
     spec: Any
     state: "PythonState"
+    captured: list[Tensor]
+    facts: list[Any]
+
+    def changed(self) -> str | None:
+        """What is constant in the graph and not so any more; None where nothing is."""
+        if list(map(_facts, self.captured)) != self.facts:
+            return "a parameter's or buffer's shape, dtype, device or requires_grad"
+        return self.state.changed()
 
     def __call__(self, leaves: list[Any]) -> Any:
         with torch.no_grad():
             tensors = iter(self.run(*[_as_tensor(leaves[i], self.like) for i in self.inputs]))
         return pytree.tree_unflatten([next(tensors) if v is _TENSOR else v for v in self.constants], self.spec)
+
+
+def _facts(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad
 
 
 def _as_tensor(leaf: Tensor | float, like: Tensor) -> Tensor:
@@ -146,7 +164,7 @@ def _as_tensor(leaf: Tensor | float, like: Tensor) -> Tensor:
 def _signature(leaf: Any) -> Any:
     """What of an argument is constant in a graph."""
     if isinstance(leaf, Tensor):
-        return leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad
+        return leaf.stride(), *_facts(leaf)
     if isinstance(leaf, float):
         return float
     try:
@@ -258,17 +276,35 @@ class _Sites(Messenger):
         self.last = msg["name"]
 
 
-class _NoValues(TorchDispatchMode):
-    """Forbids to read the value of a tensor that was there before, which the tracer would take for a constant."""
+class _Untouched(TorchDispatchMode):
+    """Keeps a trace from the values of tensors that were there before.
+
+    The tracer would take a value that is read for a constant, so that is an error; and it runs operations on such
+    tensors alone for real, so that what it changes is put back.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         from torch._subclasses.fake_tensor import FakeTensor
 
-        if torch.Tag.data_dependent_output in func.tags:
-            tensors = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
-            if any(not isinstance(tensor, FakeTensor) for tensor in tensors):
-                raise RuntimeError(f"data-dependent operation {func}")
+        tensors = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        outside = [tensor for tensor in tensors if not isinstance(tensor, FakeTensor)]
+        if outside and torch.Tag.data_dependent_output in func.tags:
+            raise RuntimeError(f"data-dependent operation {func}")
+        if outside and func._schema.is_mutable:
+            with _disable_current_modes():
+                for tensor in outside:
+                    self.before.setdefault(id(tensor), (tensor, tensor.detach().clone()))
         return func(*args, **(kwargs or {}))
+
+    def put_back(self) -> None:
+        """Give what was changed the values from before."""
+        with torch.no_grad():
+            for tensor, before in self.before.values():
+                tensor.copy_(before)
 
 
 class PythonState:

@@ -199,7 +199,9 @@ class LatentModel(nn.Module):
                 parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value.detach().clone())
                 self.pyro_params[name.replace(".", _DOT)] = parameter
         kept = {_pyro_name(key) for key in self.pyro_params}
-        self._constraints = {name: value for name, value in state["constraints"].items() if name in kept}
+        constraints = {name: value for name, value in state["constraints"].items() if name in kept}
+        if constraints != self._constraints:  # what is compiled watches over this dict
+            self._constraints = constraints
 
 
 def check_keys(batch: Batch, *functions: Callable[..., Any]) -> None:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from pyrovae import (
     VAE,
+    Compiled,
     CompileError,
     LatentModel,
     LinearGaussian,
@@ -231,6 +232,17 @@ def test_compiled_training_stays_with_uncompiled_training():
         assert_close(states[1][name], value, rtol=1e-9, atol=1e-9, msg=name)
     for one, other in zip(*histories, strict=True):
         assert {**one, "seconds": 0} == pytest.approx({**other, "seconds": 0}, rel=1e-9)
+
+
+def test_ten_epochs_with_a_ragged_minibatch_are_traced_twice(monkeypatch):
+    """The loss for each of two shapes, the measured draws for each of two data sets; no more in later epochs."""
+    traced = []
+    trace = Compiled._trace
+    monkeypatch.setattr(Compiled, "_trace", lambda self, *args: (traced.append(self), trace(self, *args))[1])
+    monkeypatch.setattr("pyrovae.draws.WORTH_COMPILING", 1)
+    x = correlated(50)
+    quiet(VAE.mlp(4, 2, (5,), likelihood=UnitNormal), x, x[:20], epochs=10, batch_size=15, compile=True)
+    assert sorted(traced.count(one) for one in set(traced)) == [2, 2]
 
 
 def test_compiled_training_resumes_to_the_same_weights(tmp_path):
