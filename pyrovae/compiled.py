@@ -1,5 +1,7 @@
 """A function of tensors whose Python runs once for each shape; from then on its tensor operations run, compiled."""
 
+import functools
+import operator
 import random
 import sys
 import traceback
@@ -8,8 +10,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from operator import is_
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +18,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -67,7 +68,7 @@ class Compiled:
         if compile not in (True, "auto"):
             raise ValueError(f"Expected compile to be True, False or 'auto'; got {compile!r}")
         self.function = function
-        self.watch = watch
+        self.watch = (function, *watch)
         self._may_fail, self._failed = compile == "auto", False
         self.num_traces = 0
         self._graphs: dict[Any, list[_Graph]] = {}
@@ -80,10 +81,11 @@ class Compiled:
         graphs = self._graphs.setdefault((spec, *map(_signature, leaves), *_surroundings()), [])
         graph = next((graph for graph in graphs if graph.changed() is None), None)
         if graph is None:
-            if graphs and self.num_traces >= MANY_TRACES:
+            if self.num_traces >= MANY_TRACES:
+                why = graphs[-1].changed() if graphs else "a shape, or an argument that is no tensor or float,"
                 warnings.warn(
-                    f"Compiled {self.num_traces} times, now because {graphs[-1].changed()} changed. What changes "
-                    "from call to call belongs among the arguments, as a tensor or a float",
+                    f"Compiled {self.num_traces} times, now because {why} changed. What changes from call to call "
+                    "belongs among the arguments, as a tensor or a float",
                     stacklevel=2,
                 )
             try:
@@ -101,8 +103,7 @@ class Compiled:
         from torch.fx.experimental.proxy_tensor import make_fx
 
         inputs = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor | float)]
-        floating = (leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point())
-        like = next(floating, torch.zeros(())).new_zeros(())  # Python floats become tensors of this kind
+        like = _widest([leaf for leaf in leaves if isinstance(leaf, Tensor)])
         results: dict[str, Any] = {}
         untouched = _Untouched()
 
@@ -111,17 +112,20 @@ class Compiled:
             for i, tensor in zip(inputs, tensors, strict=True):
                 values[i] = tensor
             args, kwargs = pytree.tree_unflatten(values, spec)
-            with untouched:
+            with untouched, _NoExport():
                 results["out"], results["spec"] = pytree.tree_flatten(self.function(*args, **kwargs))
             return [value for value in results["out"] if isinstance(value, Tensor)]
 
         self.num_traces += 1
-        tensors = [_as_tensor(leaves[i], like) for i in inputs]
+        # of their own, for what is true of these arguments (two that are one tensor) need not be true of others
+        tensors = [_stand_in(_as_tensor(leaves[i], like)) for i in inputs]
         try:
             with _tracing(self.watch) as state:
                 graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)
         finally:
             untouched.put_back()
+        _keep_draws(graph)
+        _copy_views(graph)
         constants = [_TENSOR if isinstance(value, Tensor) else value for value in results["out"]]
         captured = [*graph.parameters(), *graph.buffers()]
         facts = list(map(_facts, captured))
@@ -148,9 +152,24 @@ class _Graph:
         return self.state.changed()
 
     def __call__(self, leaves: list[Any]) -> Any:
-        with torch.no_grad():
+        with torch.no_grad(), torch._C._DisableAutocast():  # the graph has its casts
             tensors = iter(self.run(*[_as_tensor(leaves[i], self.like) for i in self.inputs]))
         return pytree.tree_unflatten([next(tensors) if v is _TENSOR else v for v in self.constants], self.spec)
+
+
+def _widest(tensors: list[Tensor]) -> Tensor:
+    """A scalar of the kind that Python floats become: of the widest floating dtype among these, on their device."""
+    floating = [tensor for tensor in tensors if tensor.is_floating_point()]
+    if not floating:
+        return torch.zeros(())
+    dtypes = [tensor.dtype for tensor in floating]
+    return floating[0].new_zeros((), dtype=functools.reduce(torch.promote_types, dtypes))
+
+
+def _stand_in(tensor: Tensor) -> Tensor:
+    """A tensor like this, of unknown values."""
+    other = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    return other.requires_grad_(tensor.requires_grad)
 
 
 def _facts(tensor: Tensor) -> tuple[Any, ...]:
@@ -185,15 +204,63 @@ def _surroundings() -> tuple[Any, ...]:
     return torch.is_grad_enabled(), torch.get_default_dtype(), network_dtype(), autocast, handlers
 
 
-def _compile(graph: torch.fx.GraphModule, tensors: list[Tensor]) -> Callable[..., Sequence[Tensor]]:
-    from torch._inductor import compile as inductor
+def _keep_draws(graph: torch.fx.GraphModule) -> None:
+    """Give out all random numbers that nothing uses, lest they be left out and later ones come in their place."""
+    output: Any = graph.graph.output_node()
+    needed: set[Any] = set()
+    for node in reversed(graph.graph.nodes):
+        if node.op == "output" or not needed.isdisjoint(node.users):
+            needed.add(node)
+    unused: list[Any] = [
+        node
+        for node in graph.graph.nodes
+        if node not in needed and torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    ]
+    for node in unused:  # a draw that has several results has the first one first
+        several = len(node.target._schema.returns) > 1
+        with graph.graph.inserting_before(output):
+            first = graph.graph.call_function(operator.getitem, (node, 0)) if several else node
+        output.args = ([*output.args[0], first],)
+    graph.recompile()
 
-    # of their own, for what is true of these arguments (two that are one tensor) need not be true of others
-    examples: list[Any] = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in tensors]
+
+def _copy_views(graph: torch.fx.GraphModule) -> None:
+    """Give out no tensor that shares memory with an argument or a parameter."""
+    output: Any = graph.graph.output_node()
+    given = []
+    outputs: Any = output.args[0]
+    for node in outputs:
+        base = node
+        while base.op == "call_function" and _is_view(base.target):
+            base = base.args[0]
+        if base.op in ("placeholder", "get_attr"):
+            with graph.graph.inserting_before(output):
+                node = graph.graph.call_function(torch.ops.aten.clone.default, (node,))
+        given.append(node)
+    output.args = (given,)
+    graph.recompile()
+
+
+def _is_view(target: Any) -> bool:
+    return isinstance(target, torch._ops.OpOverload) and target._schema.returns[0].alias_info is not None
+
+
+def _compile(graph: torch.fx.GraphModule, tensors: list[Tensor]) -> Callable[..., Sequence[Tensor]]:
     on_gpu = any(t.is_cuda for t in (*tensors, *graph.parameters(), *graph.buffers()))
     try:
-        with torch.no_grad():
-            run: Any = inductor(graph, examples, {**OPTIONS, "triton.cudagraphs": on_gpu})
+        with torch.no_grad(), torch._C._DisableAutocast(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # inductor's, of itself
+            from torch._inductor.compile_fx import compile_fx
+            from torch._inductor.decomposition import select_decomp_table
+
+            # draws are made by torch's own operations, not by what inductor would put in their place
+            random = {
+                op for op in select_decomp_table() if torch.Tag.nondeterministic_seeded in getattr(op, "tags", ())
+            }
+            table = {op: way for op, way in select_decomp_table().items() if op not in random}
+            options: dict[str, Any] = {**OPTIONS, "triton.cudagraphs": on_gpu}
+            examples: list[Any] = [tensor.detach() for tensor in tensors]
+            run: Any = compile_fx(graph, examples, config_patches=options, decompositions=table)
             return run
     except Exception as error:
         if "InvalidCxxCompiler" in f"{type(error).__name__} {error}":
@@ -210,12 +277,19 @@ def _compile(graph: torch.fx.GraphModule, tensors: list[Tensor]) -> Callable[...
 @contextmanager
 def _tracing(watch: Sequence[Any]) -> Iterator["PythonState"]:
     """Around a trace: errors that say what stands in its way, also what would make its result wrong."""
-    state, drawn = PythonState(watch), _other_generators()
+    state = PythonState(watch)
+    drawn = _other_generators(state)
     sites = _Sites()
+    caching = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
     try:
         with pyro.validation_enabled(False), warnings.catch_warnings(), sites:
             warnings.simplefilter("ignore", torch.jit.TracerWarning)  # pyright: ignore[reportPrivateImportUsage]
-            yield state
+            try:
+                yield state
+            finally:
+                state.put_back()
+                torch.set_autocast_cache_enabled(caching)
     except Exception as error:
         where = "" if sites.last is None else f", after site {sites.last!r}"
         if not _depends_on_values(error):
@@ -232,7 +306,7 @@ def _tracing(watch: Sequence[Any]) -> Iterator["PythonState"]:
             f"Expected a program that leaves Python values alone; got {changed}, which it changes as it runs: "
             "compiled, that would happen once. Keep the value in a buffer, or run uncompiled (compile=False)"
         )
-    if _other_generators() != drawn:
+    if _other_generators(state) != drawn:
         raise CompileError(
             "Expected a program that draws random numbers by torch; got one that draws them by NumPy or Python: "
             "compiled, they would be the same in each call. Draw them by torch, or run uncompiled (compile=False)"
@@ -241,7 +315,14 @@ def _tracing(watch: Sequence[Any]) -> Iterator["PythonState"]:
 
 def _depends_on_values(error: Exception) -> bool:
     text = f"{type(error).__name__} {error}"
-    marks = ("data-dependent", "DataDependent", "DynamicOutputShape", "tracing tensor", "for tensor subclasses")
+    marks = (
+        "SymInt",
+        "data-dependent",
+        "DataDependent",
+        "DynamicOutputShape",
+        "tracing tensor",
+        "for tensor subclasses",
+    )
     return any(mark in text for mark in marks)
 
 
@@ -263,8 +344,10 @@ def _users_line(error: Exception) -> str:
     return ""
 
 
-def _other_generators() -> tuple[Any, ...]:
-    return random.getstate(), str(np.random.get_state())
+def _other_generators(state: "PythonState") -> list[str]:
+    own = [value.getstate() for value in state.seen(random.Random)]
+    own += [value.bit_generator.state for value in state.seen(np.random.Generator)]
+    return [str(value) for value in (random.getstate(), np.random.get_state(), *own)]
 
 
 class _Sites(Messenger):
@@ -274,6 +357,15 @@ class _Sites(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         self.last = msg["name"]
+
+
+class _NoExport(TorchFunctionMode):
+    """Forbids what reads the memory of a tensor without torch's operations."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.tolist, Tensor.numpy, Tensor.__array__):
+            raise RuntimeError(f"data-dependent operation {func.__name__}")
+        return func(*args, **(kwargs or {}))
 
 
 class _Untouched(TorchDispatchMode):
@@ -292,8 +384,13 @@ class _Untouched(TorchDispatchMode):
 
         tensors = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         outside = [tensor for tensor in tensors if not isinstance(tensor, FakeTensor)]
-        if outside and torch.Tag.data_dependent_output in func.tags:
+        # a whole number may be read that nothing depends on, as Pyro's loops over a plate read their index
+        if torch.Tag.data_dependent_output in func.tags and (outside or tensors[0].dtype != torch.int64):
             raise RuntimeError(f"data-dependent operation {func}")
+        if torch.Tag.dynamic_output_shape in func.tags and (
+            func is not torch.ops.aten.index.Tensor or any(i.dtype in (torch.bool, torch.uint8) for i in tensors[1:])
+        ):
+            raise RuntimeError(f"data-dependent shape of {func}")
         if outside and func._schema.is_mutable:
             with _disable_current_modes():
                 for tensor in outside:
@@ -319,9 +416,12 @@ class PythonState:
         self._seen: dict[int, Any] = {}  # holds what it saw, so that no other object takes its id
         for root in roots:
             self._walk(getattr(root, "__qualname__", type(root).__name__), root)
+        # what distributions, transforms and guides of torch and Pyro keep of what they computed last
+        keepers = [value for value in self._seen.values() if type(value).__module__.startswith(_KEEPERS)]
+        self._kept = [(vars(value), dict(vars(value))) for value in keepers if hasattr(value, "__dict__")]
 
     def _walk(self, name: str, value: Any) -> None:
-        if id(value) in self._seen or isinstance(value, type | types.ModuleType | Tensor | str | bytes):
+        if id(value) in self._seen or isinstance(value, _LEAVES):
             return
         self._seen[id(value)] = value
         for keys, values in _places(value):
@@ -332,11 +432,22 @@ class PythonState:
                     if not isinstance(value, nn.Module) or key not in _NOT_FOLLOWED:
                         self._walk(type(part).__name__ if key == "__self__" else f"{name}.{key}", part)
 
+    def seen(self, kind: type) -> list[Any]:
+        """All objects of a kind that are referred to."""
+        return [value for value in self._seen.values() if isinstance(value, kind)]
+
+    def put_back(self) -> None:
+        """Forget what distributions, transforms and guides have kept since."""
+        for now, before in self._kept:
+            if now.keys() != before.keys() or not all(map(operator.is_, now.values(), before.values())):
+                now.clear()
+                now.update(before)
+
     def changed(self) -> str | None:
         """The name of a value that is not what it was; None where there is none."""
         for name, keys, values, before in self._places:
             now = values()
-            if len(now) == len(before) and all(map(is_, now, before)):
+            if len(now) == len(before) and all(map(operator.is_, now, before)):
                 continue
             now = list(now)
             for key, old, new in zip(keys(), before, now, strict=False):
@@ -349,34 +460,70 @@ class PythonState:
 
 
 def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, types.MethodType):  # made anew each time that it is looked up
+        return isinstance(b, types.MethodType) and a == b
     return type(a) is type(b) and isinstance(a, int | float | complex | str | bytes | None) and a == b
 
 
-_LIBRARIES = sys.stdlib_module_names | {"torch", "pyro", "numpy", "pyrovae"}
+_LIBRARIES = sys.stdlib_module_names - {"types", "argparse"} | {"torch", "pyro", "numpy", "pyrovae"}
+_KEEPERS = "torch.distributions", "pyro.distributions", "pyro.infer.autoguide"
+_LEAVES = type | Tensor | str | bytes
 _NOT_FOLLOWED = {key for key in vars(nn.Module()) if "hook" in key} - {"_forward_hooks", "_forward_pre_hooks"}
 
 
 def _places(value: Any) -> Iterator[tuple[Callable[[], Any], Callable[[], Any]]]:
     """Where a value refers to others: functions that give their names, and them."""
-    library = (getattr(value, "__module__", None) or type(value).__module__).split(".")[0] in _LIBRARIES
-    if isinstance(value, partial):
+    library = _is_library(getattr(value, "__module__", None) or type(value).__module__)
+    if isinstance(value, functools.partial):
         yield lambda: ("func", "args", "keywords"), lambda: (value.func, value.args, value.keywords)
     elif isinstance(value, types.MethodType):
         yield lambda: ("__self__", "__func__"), lambda: (value.__self__, value.__func__)
     elif isinstance(value, types.FunctionType):
-        names, space = value.__code__.co_names, value.__globals__
         if value.__closure__:
             cells = value.__closure__
             yield lambda: value.__code__.co_freevars, lambda: [_contents(cell) for cell in cells]
         if not library:
-            names = [name for name in names if name in space]
-            yield lambda: names, lambda: [space.get(name) for name in names]
+            yield from _globals(value)
     elif isinstance(value, dict):
         yield value.keys, value.values
-    elif isinstance(value, list | tuple):
-        yield lambda: range(len(value)), lambda: value
-    elif isinstance(value, nn.Module) or (hasattr(value, "__dict__") and not library):
-        yield vars(value).keys, vars(value).values
+    elif isinstance(value, list | tuple | set | frozenset):
+        yield lambda: range(len(value)), lambda: list(value)
+    elif isinstance(value, types.ModuleType):
+        return
+    elif isinstance(value, nn.Module) or not library:
+        if hasattr(value, "__dict__"):
+            yield vars(value).keys, vars(value).values
+        for cls in type(value).__mro__:
+            slots = [key for key in getattr(cls, "__slots__", ()) if hasattr(value, key)]
+            if slots:
+                yield functools.partial(list, slots), functools.partial(_attributes, value, slots)
+            if not _is_library(cls.__module__):
+                yield vars(cls).keys, vars(cls).values
+
+
+def _is_library(module: str) -> bool:
+    return module.split(".")[0] in _LIBRARIES
+
+
+def _globals(function: types.FunctionType) -> Iterator[tuple[Callable[[], Any], Callable[[], Any]]]:
+    """The globals that a function names, and what it names of modules among them that are no library's."""
+    space = function.__globals__
+    named = _names(function.__code__)
+    names = [name for name in named if name in space]
+    yield lambda: names, lambda: [space.get(name) for name in names]
+    for module in [space[name] for name in names if isinstance(space[name], types.ModuleType)]:
+        if not _is_library(module.__name__):
+            own = [name for name in named if name in vars(module)]
+            yield functools.partial(list, own), functools.partial(_attributes, module, own)
+
+
+def _names(code: types.CodeType) -> list[str]:
+    inner = [part for part in code.co_consts if isinstance(part, types.CodeType)]
+    return list(dict.fromkeys([*code.co_names, *(name for part in inner for name in _names(part))]))
+
+
+def _attributes(value: Any, names: list[str]) -> list[Any]:
+    return [getattr(value, name, None) for name in names]
 
 
 def _contents(cell: Any) -> Any:

@@ -1,5 +1,6 @@
 """Compiled ELBOs, each in the place of its namesake in Pyro."""
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,6 +20,10 @@ from torch.utils import _pytree as pytree
 from pyrovae.compiled import Compile, Compiled, CompileError
 
 
+class NewParameters(CompileError):
+    """A program that makes parameters while it is traced, and must run uncompiled once before."""
+
+
 class CompiledLoss:
     """A program's loss and its gradients as one compiled function of the program's arguments.
 
@@ -27,30 +32,48 @@ class CompiledLoss:
         model, guide: Pyro programs of static structure, which have run before, so that their parameters are there.
 
         compile: True, or "auto" as for `Compiled`.
+        gradients: False for the loss alone.
 
     Attributes:
         graphs: the `Compiled`; its `num_traces` says how many times the program was traced.
     """
 
-    def __init__(self, elbo: Any, model: Callable[..., Any], guide: Callable[..., Any], compile: Compile = True):
+    def __init__(
+        self,
+        elbo: Any,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        compile: Compile = True,
+        gradients: bool = True,
+    ):
         elbo = getattr(elbo, "uncompiled", elbo)
-        self.elbo, self.model, self.guide = elbo, model, guide
+        self.elbo, self.model, self.guide, self.gradients = elbo, model, guide, gradients
+        self._owner: Any = getattr(elbo, "__self__", elbo)
         self.graphs = Compiled(self._value_and_grads, (model, guide), compile)
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """The loss `()`; the parameters, as optimized, and arguments that it depends on; its gradients in these."""
-        loss, grads, origins = self.graphs(*args, **kwargs)
+        owner = self._owner
+        if owner.max_plate_nesting == math.inf and (owner.vectorize_particles or isinstance(owner, TraceEnum_ELBO)):
+            owner._guess_max_plate_nesting(self.model, self.guide, args, kwargs)
+        settings = frozenset((key, value) for key, value in vars(owner).items() if isinstance(value, Number | str))
+        loss, grads, origins = self.graphs(settings, *args, **kwargs)
         variables = origins.variables
         if any(isinstance(variable, int) for variable in variables):
             given = pytree.tree_leaves((args, kwargs))
             variables = [given[v] if isinstance(v, int) else v for v in variables]
         return loss, variables, grads
 
-    def _value_and_grads(self, *args: Any, **kwargs: Any) -> tuple[Tensor, list[Tensor], "_Origins"]:
-        with _traceable(self.elbo):
+    def _value_and_grads(self, settings: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, list[Tensor], "_Origins"]:
+        with _traceable(self.elbo), torch.set_grad_enabled(torch.is_grad_enabled() or not self.gradients):
             loss = torch.as_tensor(self.elbo.differentiable_loss(self.model, self.guide, *args, **kwargs))
         given = {id(value): i for i, value in enumerate(pytree.tree_leaves((args, kwargs)))}
-        variables = _variables(loss)
+        variables = _variables(loss) if self.gradients else []
+        if any(variable._backward_hooks for variable in variables):
+            raise CompileError(
+                "Expected parameters without hooks as they are traced; got one with a hook. Register it after the "
+                "first compiled call, or run uncompiled (compile=False)"
+            )
         grads = torch.autograd.grad(loss, variables) if variables else []
         return loss.detach(), list(grads), _Origins([given.get(id(v), v) for v in variables])
 
@@ -79,13 +102,13 @@ def _variables(loss: Tensor) -> list[Tensor]:
 
 @contextmanager
 def _traceable(elbo: Any) -> Iterator[None]:
-    """While an ELBO of Pyro's is traced, its three detours through Python numbers stay among the tensors."""
+    """While an ELBO of Pyro's is traced, its detours through Python numbers stay among the tensors."""
     modules = {sys.modules[cls.__module__] for cls in getattr(elbo, "__self_class__", type(elbo)).__mro__}
     store = pyro.get_param_store()
     before = set(store.keys())
     with ExitStack() as stack:
         for module in modules:
-            for name, replacement in (("torch_item", _detached), ("warn_if_nan", _unchanged)):
+            for name, replacement in _REPLACED.items():
                 if hasattr(module, name):
                     stack.enter_context(_replaced(module, name, replacement))
         stack.enter_context(_replaced(Dice, "compute_expectation", _expectation))
@@ -94,7 +117,7 @@ def _traceable(elbo: Any) -> Iterator[None]:
     for name in new:
         del store[name]
     if new:
-        raise CompileError(f"Expected a program that has made all its parameters; got {', '.join(sorted(new))} anew")
+        raise NewParameters(f"Expected a program that has made all its parameters; got {', '.join(sorted(new))} anew")
 
 
 @contextmanager
@@ -117,6 +140,15 @@ def _unchanged(value: Any, *args: Any, **kwargs: Any) -> Any:
     return value
 
 
+def _common_scale(scales: list[Any]) -> Any:
+    """In the place of Pyro's `_get_common_scale`: scales that are tensors are compared as the graph runs."""
+    first = torch.as_tensor(scales[0])
+    same = torch.stack([torch.as_tensor(scale) == first for scale in scales]).all()
+    torch._assert_async(same, "Expected one scale for all enumerated sites; got different ones")
+    return scales[0]
+
+
+_REPLACED = {"torch_item": _detached, "warn_if_nan": _unchanged, "_get_common_scale": _common_scale}
 _EXPECTATION = Dice.compute_expectation
 
 
@@ -150,14 +182,21 @@ class _Given(torch.autograd.Function):
         return None, None, *(outer[0] * grad for grad in ctx.saved_tensors)
 
 
+@torch.no_grad()
 def accumulate(variables: list[Tensor], grads: list[Tensor]) -> None:
     """What `backward` does: add gradients to those that the variables have."""
+    others, memory = [], set()
     for variable, grad in zip(variables, grads, strict=True):
         hooks: Any = variable._backward_hooks or variable._post_accumulate_grad_hooks
-        if variable.is_leaf and not hooks:
-            variable.grad = grad if variable.grad is None else variable.grad + grad
-        else:
-            variable.backward(grad)
+        if not variable.is_leaf or hooks:
+            others.append((variable, grad))
+        elif variable.grad is not None:
+            variable.grad.add_(grad)
+        else:  # two gradients may be one tensor, whom its first owner would change for the second
+            variable.grad = grad.clone() if grad.data_ptr() in memory else grad
+            memory.add(grad.data_ptr())
+    if others:
+        torch.autograd.backward([variable for variable, _ in others], [grad for _, grad in others])
 
 
 class _CompiledELBO(ELBO):
@@ -165,61 +204,68 @@ class _CompiledELBO(ELBO):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        # for each model and guide, their compiled loss and their entries in the parameter store
-        self._losses: dict[Any, tuple[CompiledLoss, dict[str, Any]]] = {}
+        # for each model and guide, their compiled methods and their entries in the parameter store
+        self._losses: dict[Any, tuple[dict[str, CompiledLoss], dict[str, Any]]] = {}
 
     @property
     def num_traces(self) -> int:
         """How many times programs were traced."""
-        return sum(loss.graphs.num_traces for loss, _ in self._losses.values())
+        return sum(loss.graphs.num_traces for losses, _ in self._losses.values() for loss in losses.values())
 
     @property
     def uncompiled(self) -> Any:
         """This ELBO with the methods of its namesake."""
         return super()
 
-    def _loss(self, model: Callable[..., Any], guide: Callable[..., Any]) -> CompiledLoss | None:
-        """The compiled loss of a program that has run before, with the same parameters in the store."""
-        loss, params = self._losses.get((model, guide), (None, {}))
+    def _run(self, method: str, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
+        """Run compiled; None where the program has not run before, or not with these parameters in the store."""
+        losses, params = self._losses.get((model, guide), ({}, {}))
         known = pyro.get_param_store()._params
-        return loss if all(known.get(name) is value for name, value in params.items()) else None
+        if not losses or any(known.get(name) is not value for name, value in params.items()):
+            return None
+        try:
+            loss, *rest = losses[method](*args, **kwargs)
+        except NewParameters:
+            return None
+        for name in params:
+            pyro.param(name)  # for handlers around, as SVI's, which gathers parameters by them
+        warn_if_nan(loss, "loss")
+        return loss, *rest
 
-    def _first(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
+    def _first(self, method: str, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
         """The first call of a program makes its parameters; it runs uncompiled."""
         with poutine.trace(param_only=True) as capture:
-            result = self.uncompiled.differentiable_loss(model, guide, *args, **kwargs)
+            result = getattr(self.uncompiled, method)(model, guide, *args, **kwargs)
         params = {name: pyro.get_param_store()._params.get(name) for name in capture.trace.nodes}
-        self._losses[model, guide] = CompiledLoss(self, model, guide), params
+        losses = CompiledLoss(self, model, guide), CompiledLoss(self, model, guide, gradients=False)
+        self._losses[model, guide] = dict(zip(("differentiable_loss", "loss"), losses, strict=True)), params
         return result
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
         """The loss `()`, to be differentiated once."""
-        loss = self._loss(model, guide)
-        if loss is None:
-            return self._first(model, guide, *args, **kwargs)
-        value, variables, grads = loss(*args, **kwargs)
-        warn_if_nan(value, "loss")
-        return _Given.apply(value, grads, *variables) if variables else value
+        found = self._run("differentiable_loss", model, guide, args, kwargs)
+        if found is None:
+            return self._first("differentiable_loss", model, guide, args, kwargs)
+        loss, variables, grads = found
+        return _Given.apply(loss, grads, *variables) if variables else loss
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """The loss alone."""
         with torch.no_grad():
-            return torch.as_tensor(self.differentiable_loss(model, guide, *args, **kwargs)).item()
+            found = self._run("loss", model, guide, args, kwargs)
+        return self._first("loss", model, guide, args, kwargs) if found is None else found[0].item()
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """The loss; its gradients are added to those that the parameters have."""
-        loss = self._loss(model, guide)
-        if loss is None:
-            value = torch.as_tensor(self._first(model, guide, *args, **kwargs))
-            if value.requires_grad:
-                value.backward()
-            return value.item()
-        for name in self._losses[model, guide][1]:
-            pyro.param(name)  # for handlers around, as SVI's, which gathers parameters by them
-        value, variables, grads = loss(*args, **kwargs)
-        accumulate(variables, grads)
-        warn_if_nan(value, "loss")
-        return value.item()
+        """The loss; its gradients are added to those that the parameters have, declared by `pyro.module` or not."""
+        found = self._run("differentiable_loss", model, guide, args, kwargs)
+        if found is None:
+            loss = torch.as_tensor(self._first("differentiable_loss", model, guide, args, kwargs))
+            if loss.requires_grad:
+                loss.backward()
+        else:
+            loss, variables, grads = found
+            accumulate(variables, grads)
+        return loss.item()
 
 
 class CompiledTrace_ELBO(_CompiledELBO, Trace_ELBO):

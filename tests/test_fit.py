@@ -210,7 +210,16 @@ def test_a_loss_that_is_not_finite_names_the_site_and_keeps_the_last_good_checkp
     program = Breaking.mlp(4, 2, likelihood=UnitNormal)
     message = r"got a loss of nan in epoch 3: site 'z' of the guide: its value is not finite. The last good checkpoint"
     with pytest.raises(FloatingPointError, match=message):
-        quiet(program, x, correlated(10, seed=1), epochs=5, batch_size=8, seed=0, run_dir=tmp_path / "run", compile=compile)
+        quiet(
+            program,
+            x,
+            correlated(10, seed=1),
+            epochs=5,
+            batch_size=8,
+            seed=0,
+            run_dir=tmp_path / "run",
+            compile=compile,
+        )
     saved = checkpoint.read_checkpoint(tmp_path / "run" / "checkpoint.pt")
     assert len(saved["history"]) == 2
     assert all(torch.isfinite(value).all() for value in saved["program"].values())
@@ -264,7 +273,9 @@ def test_what_cannot_be_compiled_says_so_or_trains_uncompiled():
                 super().guide(x)
 
     x = correlated(40).abs()
-    with pytest.raises(CompileError, match=r"choice by a tensor's value.*test_fit.py:\d+: if x.mean\(\) > 0.*compile=False"):
+    with pytest.raises(
+        CompileError, match=r"choice by a tensor's value.*test_fit.py:\d+: if x.mean\(\) > 0.*compile=False"
+    ):
         quiet(Choosing.mlp(4, 2, (5,), likelihood=UnitNormal), x, epochs=1, compile=True)
     with pytest.warns(UserWarning, match="Goes on uncompiled"):
         history = quiet(Choosing.mlp(4, 2, (5,), likelihood=UnitNormal), x, epochs=30, compile="auto", seed=0)
