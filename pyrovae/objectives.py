@@ -144,7 +144,7 @@ def _common_scale(scales: list[Any]) -> Any:
     """In the place of Pyro's `_get_common_scale`: scales that are tensors are compared as the graph runs."""
     first = torch.as_tensor(scales[0])
     same = torch.stack([torch.as_tensor(scale) == first for scale in scales]).all()
-    torch._assert_async(same, "Expected one scale for all enumerated sites; got different ones")
+    torch.ops.aten._assert_async.msg(same, "Expected one scale for all enumerated sites; got different ones")
     return scales[0]
 
 

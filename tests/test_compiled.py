@@ -26,9 +26,9 @@ from torch.testing import assert_close
 from torch.utils import _pytree as pytree
 
 from pyrovae import Compiled, CompileError, compiled
-from pyrovae.compiled import PythonState
 from pyrovae.conditionals import DiagonalNormal
 from pyrovae.conditionals.conditional import networks_in
+from pyrovae.watch import PythonState
 
 pytestmark = pytest.mark.usefixtures("float64")
 WEIGHT = 2.0

@@ -393,7 +393,8 @@ def test_an_autoguide_has_the_loss_gradients_and_noise_of_the_namesake():
         with pyro.plate("data", len(x)):
             pyro.sample("x", dist.Normal(mu, sigma).to_event(1), obs=x)
 
-    compare(TRACE, model, AutoNormal(model), data())
+    compiled = compare(TRACE, model, AutoNormal(model), data())
+    assert compiled.num_traces == 1, "what the guide notes for itself, in the namesake's call between, is no change"
 
 
 @float64
@@ -406,7 +407,8 @@ def test_a_flow_has_the_loss_gradients_and_noise_of_the_namesake():
         with pyro.plate("data", len(x)), poutine.scale(scale=0.3):
             pyro.sample("z", dist.TransformedDistribution(dist.Normal(x, 1.0), [flow]))
 
-    compare(TRACE, model, guide, data())
+    compiled = compare(TRACE, model, guide, data())
+    assert compiled.num_traces == 1, "what a transform caches, in the namesake's call between, is no change"
 
 
 @float64
@@ -1071,20 +1073,23 @@ def test_a_choice_by_a_value_is_an_error_that_names_the_site_and_the_line():
     assert set(stored()) == {"shift", "loc"}
 
 
-def test_a_parameter_that_only_a_later_call_makes_is_an_error_that_names_it():
-    model, guide = scaled()
-    late = {"on": False}
+@float64
+def test_a_parameter_that_only_a_later_call_makes_is_learned_from_then_on():
+    """That call runs uncompiled, as the first does."""
+    _, guide = scaled()
+    late, x = {"on": False}, data()
 
-    def growing(x):
-        model(x)
-        if late["on"]:
-            pyro.param("late", torch.zeros(()))
+    def model(x):
+        shift = pyro.param("late", lambda: torch.randn(2)) if late["on"] else torch.ones(2)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z + shift, 1.0).to_event(1), obs=x)
 
-    elbo, x = CompiledTrace_ELBO(), data().float()
-    elbo.loss_and_grads(growing, guide, x)
-    late["on"] = True
-    with pytest.raises(CompileError, match="late"):
-        elbo.loss_and_grads(growing, guide, x)
-    assert "late" not in pyro.get_param_store()
-    late["on"] = False
-    assert_same(stepped(elbo, growing, guide, x), stepped(Trace_ELBO(), growing, guide, x))
+    elbo, plain = CompiledTrace_ELBO(), Trace_ELBO()
+    for on in (False, False, True, True, False):
+        late["on"] = on
+        elbo.loss_and_grads(model, guide, x)
+        assert ("late" in pyro.get_param_store()) >= on
+        ours = stepped(elbo, model, guide, x)
+        assert_same(ours, stepped(plain, model, guide, x))
+        assert (ours.grads.get("late") is not None) == on
