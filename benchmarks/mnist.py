@@ -24,7 +24,7 @@ import pyrovae as pv
 class Options:
     """Train on binarized MNIST, then measure log p(x) of the test images."""
 
-    epochs: int = 700
+    epochs: int = 650
     """Passes over the 50,000 training images."""
     batch_size: int = 100
     """Images in a minibatch."""
