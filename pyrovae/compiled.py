@@ -323,7 +323,8 @@ def _depends_on_values(error: Exception) -> bool:
 
 
 def _operation(error: Exception) -> str:
-    return "a choice by a tensor's value" if "SymNode" in type(error).__name__ else _first_line(error)
+    by_value = "SymNode" in type(error).__name__ or "_local_scalar_dense" in str(error)
+    return "the value of a tensor as a number" if by_value else _first_line(error)
 
 
 def _first_line(error: Exception) -> str:

@@ -36,7 +36,10 @@ class PythonState:
         self._seen[id(value)] = value
         for keys, values in _places(value):
             before = list(values())
-            self._places.append((name, keys, values, before))
+            if not type(value).__module__.startswith(_KEEPERS):
+                self._places.append((name, keys, values, before))
+            elif isinstance(value, nn.Module):  # whose notes of itself are no change
+                self._places.append((name, lambda: ["training"], lambda: [value.training], [value.training]))
             if len(before) <= LARGEST:
                 for key, part in zip(list(keys()), before, strict=True):
                     if not isinstance(value, nn.Module) or key not in _NOT_FOLLOWED:

@@ -274,7 +274,7 @@ def test_what_cannot_be_compiled_says_so_or_trains_uncompiled():
 
     x = correlated(40).abs()
     with pytest.raises(
-        CompileError, match=r"choice by a tensor's value.*test_fit.py:\d+: if x.mean\(\) > 0.*compile=False"
+        CompileError, match=r"value of a tensor as a number.*test_fit.py:\d+: if x.mean\(\) > 0.*compile=False"
     ):
         quiet(Choosing.mlp(4, 2, (5,), likelihood=UnitNormal), x, epochs=1, compile=True)
     with pytest.warns(UserWarning, match="Goes on uncompiled"):
