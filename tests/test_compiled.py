@@ -274,7 +274,9 @@ def test_the_order_of_draws_does_not_depend_on_their_memory():
     same_noise(Compiled(function), function, data(3))
 
 
-def test_bernoulli_draws_are_those_of_the_function():
+def test_bernoulli_draws_are_those_of_the_function_also_where_the_environment_has_ci(monkeypatch):
+    monkeypatch.setenv("CI", "1")
+
     def function(x):
         return torch.bernoulli(x), dist.Bernoulli(x).sample((2,)), torch.rand(3)
 
