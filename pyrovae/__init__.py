@@ -24,4 +24,4 @@ from pyrovae.objectives import CompiledTraceMeanField_ELBO as CompiledTraceMeanF
 from pyrovae.program import LatentModel as LatentModel
 from pyrovae.program import as_program as as_program
 from pyrovae.program import data_plate as data_plate
-from pyrovae.traces import log_weights as log_weights
+from pyrovae.survey import log_weights as log_weights

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from pyrovae.compiled import Compile, Compiled
 from pyrovae.data import Batch, as_data, count, num_rows, stream
 from pyrovae.program import LatentModel
-from pyrovae.traces import Survey, draw
+from pyrovae.survey import Survey, draw
 
 NUMBERS_AT_ONCE = 2**22  # in the widest tensor that a chunk makes
 WORTH_COMPILING = NUMBERS_AT_ONCE // 4

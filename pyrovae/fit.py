@@ -1,11 +1,8 @@
-"""The loop: SVI of any program under any Pyro ELBO, on Lightning Fabric."""
+"""`fit`: what is asked of a training run, and whether it can be done."""
 
 import math
-import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,24 +10,16 @@ from typing import Any
 import pyro
 import torch
 from pyro.infer import ELBO, Trace_ELBO
-from torch import Tensor, nn
-from torch.utils.data import IterableDataset
-from tqdm import tqdm
 
 from pyrovae import checkpoint
 from pyrovae.compiled import Compile
-from pyrovae.conditionals.conditional import PRECISIONS, networks_in
-from pyrovae.data import Batch, Data, as_data, count, num_rows, stream
-from pyrovae.draws import Draws, evenly
-from pyrovae.objectives import CompiledLoss, accumulate
-from pyrovae.program import LatentModel, check_keys
-from pyrovae.traces import Survey, check_arguments, draw
+from pyrovae.conditionals.conditional import PRECISIONS
+from pyrovae.data import as_data, count
+from pyrovae.program import LatentModel
+from pyrovae.run import History, Run
+from pyrovae.traces import check_arguments
 
-History = list[dict[str, float]]
 DEVICES = ("auto", "cpu", "cuda", "mps")
-SECONDS_BETWEEN_WRITES = 1.0  # so that writing costs short epochs no more than a few per cent
-MEASURED = 10_000  # training data whose ELBO is measured after each epoch
-MEASURING_SEED = 0  # the same noise each epoch, so that epochs differ by their weights alone
 
 
 def fit(
@@ -135,7 +124,7 @@ def fit(
             stack.enter_context(torch.random.fork_rng())
             torch.manual_seed(seed)
         stack.enter_context(pyro.validation_enabled(False))
-        run = _Run(program, train, val, elbo, optimizer, rate, settings, folder, device)
+        run = Run(program, train, val, elbo, optimizer, rate, settings, folder, device)
         stack.enter_context(program.scope())
         if saved is not None:
             run.resume(saved)
@@ -173,248 +162,3 @@ def _name(function: Callable[..., Any]) -> str:
         options = ", ".join(f"{key}={value}" for key, value in sorted(function.keywords.items()))
         return f"{_name(function.func)}({options})"
     return getattr(function, "__name__", type(function).__name__)
-
-
-class _Loss(nn.Module):
-    """Pyro's ELBO in its module form, with the program's parameters for Fabric to see."""
-
-    def __init__(self, program: LatentModel, elbo: ELBO):
-        super().__init__()
-        self.program = program
-        model: Any = program.model  # Pyro's annotation asks for modules; functions serve as well
-        guide: Any = program.guide
-        self.elbo = elbo(model, guide)
-
-    def forward(self, batch: Batch) -> Tensor:
-        return self.elbo(**batch)
-
-
-class _Run:
-    """A training run: what a checkpoint holds, and the steps that change it."""
-
-    def __init__(
-        self,
-        program: LatentModel,
-        train: Any,
-        val: Any,
-        elbo: ELBO,
-        optimizer: Callable[..., torch.optim.Optimizer],
-        rate: Callable[[int], float],
-        settings: dict[str, Any],
-        folder: Path | None,
-        device: str,
-    ):
-        from lightning_fabric import Fabric
-
-        self.fabric = Fabric(accelerator=device, devices=1)
-        self.program = program.to(self.fabric.device)
-        self.settings, self.folder, self.rate = settings, folder, rate
-        self.train, self.val = (
-            data.to(self.fabric.device) if isinstance(data, Data) else data for data in (train, val)
-        )
-        self.survey = self._first_look()
-        parameters = [parameter for parameter in program.parameters() if parameter.requires_grad]
-        if not parameters:
-            raise ValueError(f"Expected a program with parameters to train; got none in {type(program).__name__}")
-        self.loss, self.optimizer = self.fabric.setup(_Loss(program, elbo), optimizer(parameters, lr=rate(1)))
-        with torch.random.fork_rng():  # the order of the data has a generator of its own
-            self.generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
-        compile = settings["compile"]
-        self.compiled = CompiledLoss(elbo, program.model, program.guide, compile) if compile is not False else None
-        self.draws = Draws(program, self.survey, compile)
-        self.history: History = []
-        self.best_epoch, self.best = 0, {}
-        self.kept: dict[str, Any] | None = None
-        self.written = 0.0
-
-    def _first_look(self) -> Survey:
-        """Run the program once, so that it makes all its parameters; look the data through that are in memory."""
-        with torch.random.fork_rng():
-            first = next(self._stream(self.train, "train"), None)
-        if first is None:
-            raise ValueError("Expected train to hold at least one datum; got an empty DataLoader")
-        survey = Survey.of(self.program, first, "train")
-        for name, data in (("train", self.train), ("val", self.val)):
-            if isinstance(data, Data) and not data.dynamic:
-                check_keys(data.tensors, self.program.model, self.program.guide)
-                survey.check_support(data.tensors, name)
-        return survey
-
-    def _stream(
-        self, data: Any, name: str, batch_size: int | None = None, shuffle: torch.Generator | None = None
-    ) -> Iterator[Batch]:
-        size = batch_size or self.settings["batch_size"]
-        return stream(data, size, shuffle=shuffle, device=self.fabric.device, name=name)
-
-    def to_the_end(self, epochs: int, patience: int | None, progress: bool) -> None:
-        """Train up to the last epoch, or until validation has not improved for `patience` epochs."""
-        if not self.history:  # one draw for each datum: what is wrong with them shows before hours of training
-            for name in ("train", "val") if self.val is not None else ("train",):
-                self._measure(name, limit=None)
-        if self.folder is not None and not self.history:
-            self._write_config()
-            self._keep()
-            self._write()
-        bar = tqdm(total=epochs * (self._steps() or 0) or None, unit=" steps", mininterval=0.5, disable=not progress)
-        bar.update(len(self.history) * (self._steps() or 0))
-        try:
-            with bar, self.program.modes_kept(), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Encountered (NaN|inf)")  # reported below, with the site
-                while len(self.history) < epochs and not self._stale(patience):
-                    bar.set_description(f"epoch {len(self.history) + 1}/{epochs}")
-                    self._epoch(bar)
-                    if self.folder is not None:
-                        self._keep()
-                    if time.monotonic() - self.written > SECONDS_BETWEEN_WRITES:
-                        self._write()
-        finally:
-            if self.best:
-                self.program.load_state_dict(self.best)
-            self._write()
-
-    def _steps(self) -> int | None:
-        """Steps in an epoch, where they are known."""
-        if isinstance(self.train, Data):
-            return math.ceil(len(self.train) / self.settings["batch_size"])
-        return None if isinstance(self.train.dataset, IterableDataset) else len(self.train)
-
-    def _stale(self, patience: int | None) -> bool:
-        return patience is not None and len(self.history) - self.best_epoch >= patience
-
-    def _epoch(self, bar: tqdm) -> None:
-        self.program.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate(len(self.history) + 1)
-        start, total, seen = time.perf_counter(), 0.0, 0
-        for batch in self._stream(self.train, "train", shuffle=self.generator):
-            total += self._step(batch)
-            seen += num_rows(batch)
-            bar.update()
-        row = {"epoch": len(self.history) + 1, "seconds": time.perf_counter() - start, "loss": total / seen}
-        self._check_parameters()
-        row |= self._measure("train")
-        if self.val is not None:
-            row |= {f"val_{name}": value for name, value in self._measure("val").items()}
-        self.history.append(row)
-        if self.val is not None and not (
-            self.best and self.history[self.best_epoch - 1]["val_elbo"] >= row["val_elbo"]
-        ):
-            self.best_epoch = len(self.history)
-            self.best = {name: value.clone() for name, value in self.program.state_dict().items()}
-        shown = [f"ELBO {row['elbo']:.2f}"]
-        if self.val is not None:
-            shown += [f"val {row['val_elbo']:.2f}", f"best {self.history[self.best_epoch - 1]['val_elbo']:.2f}"]
-        bar.set_postfix_str(", ".join(shown))
-
-    def _step(self, batch: Batch) -> float:
-        if not isinstance(self.train, Data) or self.train.dynamic:
-            self.survey.check_support(batch, "train")
-        noise = torch.get_rng_state()
-        self.optimizer.zero_grad()
-        try:
-            with networks_in(self.settings["precision"]):
-                loss, backward = self._loss(batch)
-        except (RuntimeError, ValueError) as error:
-            self._check_parameters(error)
-            raise
-        value = loss.item()
-        if not math.isfinite(value):
-            torch.set_rng_state(noise)
-            with torch.no_grad():
-                bad = draw(self.program, batch, 1, self.survey).first_bad() or "no site, when run again"
-            raise FloatingPointError(self._complaint(f"a loss of {value}", bad))
-        backward()
-        if (clip := self.settings["grad_clip"]) is not None:
-            self.fabric.clip_gradients(self.loss, self.optimizer, max_norm=clip, error_if_nonfinite=False)
-        self.optimizer.step()
-        return value
-
-    def _loss(self, batch: Batch) -> tuple[Tensor, Callable[[], None]]:
-        """The loss, and what gives the parameters their gradients."""
-        if self.compiled is not None:
-            loss, variables, grads = self.compiled(**batch)
-            return loss, lambda: accumulate(variables, grads)
-        loss = self.loss(batch)
-        return loss, lambda: self.fabric.backward(loss)
-
-    def _check_parameters(self, cause: Exception | None = None) -> None:
-        bad = [name for name, p in self.program.named_parameters() if not bool(torch.isfinite(p).all())]
-        if bad:
-            raise FloatingPointError(self._complaint("parameters that are not", ", ".join(bad[:5]))) from cause
-
-    def _complaint(self, got: str, where: str) -> str:
-        kept = "" if self.folder is None else f". The last good checkpoint is in {self.folder}"
-        return f"Expected a finite loss; got {got} in epoch {len(self.history) + 1}: {where}{kept}"
-
-    def _measure(self, name: str, limit: int | None = MEASURED) -> dict[str, float]:
-        """ELBO, log p(x | z) and KL with one draw for each datum."""
-        data = self.val if name == "val" else self.train
-        sums, seen = torch.zeros(3, dtype=torch.float64), 0
-        with self.program.inference(MEASURING_SEED):
-            if name == "train" and isinstance(data, Data) and limit is not None and len(data) > limit:
-                data = data.rows(torch.randperm(len(data))[:limit].to(self.fabric.device))
-            for batch in self._stream(
-                data, name, evenly(len(data), self.draws.rows) if isinstance(data, Data) else None
-            ):
-                check_keys(batch, self.program.model, self.program.guide)
-                self.survey.check_support(batch, name)
-                weights = self.draws(batch, 1, seen)
-                terms = weights.log_weights, weights.log_px_z, weights.kl
-                sums += torch.stack([term.double().sum().cpu() for term in terms])
-                seen += num_rows(batch)
-                if name == "train" and seen >= (limit or MEASURED) and not (limit is None and isinstance(data, Data)):
-                    break
-        if seen == 0:
-            raise ValueError(f"Expected {name} to hold at least one datum; got an empty DataLoader")
-        return dict(zip(("elbo", "log_px_z", "kl"), (sums / seen).tolist(), strict=True))
-
-    def _write_config(self) -> None:
-        assert self.folder is not None
-        path = self.folder / checkpoint.CONFIG
-        config = checkpoint.read_json(path) if path.exists() else {}
-        program = checkpoint.describe(self.program) or type(self.program).__name__
-        versions = {"pyrovae": checkpoint.version("pyrovae"), "torch": torch.__version__, "pyro-ppl": pyro.__version__}
-        checkpoint.write_json(path, {**config, "program": program, "fit": self.settings, "versions": versions})
-
-    def _keep(self) -> None:
-        """Hold the state at the end of an epoch, to be written soon, or when training stops."""
-        self.kept = deepcopy(
-            {
-                "settings": self.settings,
-                "history": self.history,
-                "program": self.program.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "best": self.best,
-                "best_epoch": self.best_epoch,
-                "generator": self.generator.get_state(),
-                "random": checkpoint.random_state(),
-            }
-        )
-
-    def _write(self) -> None:
-        """Write best weights, metrics and checkpoint, as of the end of the last epoch, unless that was done."""
-        if self.folder is None or self.kept is None:
-            return
-        if self.kept["history"]:
-            weights = self.kept["best"] or self.kept["program"]
-            checkpoint.save_weights(self.program, weights, self.folder / checkpoint.WEIGHTS)
-            checkpoint.write_metrics(self.folder, self.kept["history"])
-        checkpoint.write_checkpoint(self.folder, self.kept)
-        self.kept, self.written = None, time.monotonic()
-
-    def resume(self, saved: dict[str, Any]) -> None:
-        """Go back to where a checkpoint was written.
-
-        Raises:
-            ValueError: where the checkpoint is that of a run with other settings or of another program.
-        """
-        for name, value in self.settings.items():
-            before = saved["settings"].get(name, value)
-            if before != value:
-                raise ValueError(f"Expected {name}={before}, as the run to resume has; got {value}")
-        checkpoint.fill(self.program, saved["program"], f"{self.folder}/{checkpoint.CHECKPOINT}")
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.history, self.best_epoch = saved["history"], saved["best_epoch"]
-        self.best = {name: value.to(self.fabric.device) for name, value in saved["best"].items()}
-        self.generator.set_state(saved["generator"])
-        checkpoint.restore_random_state(saved["random"])

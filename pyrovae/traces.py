@@ -1,7 +1,7 @@
 """The only reader of Pyro traces: log-probabilities for each site and datum, and importance weights (K, N)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pyro
@@ -10,12 +10,10 @@ import torch
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.nn.modules.module import register_module_forward_hook
 
-from pyrovae.data import Batch, as_batch, check_finite, num_rows
-from pyrovae.program import LatentModel, check_keys
+from pyrovae.data import Batch
+from pyrovae.program import LatentModel
 
-FIRST = 1000  # data, at most, on which a program first runs and makes its parameters
 PARTICLES = "pyrovae particles"  # name of the plate: none that a program is likely to use itself
 
 
@@ -76,11 +74,11 @@ class Draw:
     def check_support(self) -> None:
         """Raises ValueError where observed values lie outside the support of their site."""
         for site in self._checked():
-            _check_support("values", site["value"], site["name"], site["fn"].support)
+            check_support("values", site["value"], site["name"], site["fn"].support)
 
     def _checked(self) -> list[Any]:
         sites = [self.model_sites[name] for name in self.observed]
-        return [site for site in sites if site["mask"] is None and _is_fixed(site["fn"].support)]
+        return [site for site in sites if site["mask"] is None and is_fixed(site["fn"].support)]
 
     def first_bad(self) -> str | None:
         """Where the first value or log-probability that is not finite stands, in the order of execution."""
@@ -100,41 +98,6 @@ def _sum(log_probs: dict[str, Tensor]) -> Tensor:
     return torch.stack(torch.broadcast_tensors(*log_probs.values())).sum(0) if log_probs else torch.zeros(())
 
 
-def log_weights(program: LatentModel, batch: Any, num_particles: int) -> Tensor:
-    """log w_k = log p(x, z_k) - log q(z_k | x), z_k ~ q(z | x), for each datum on its own.
-
-    Scales (subsampling, KL weights) are stripped, masks are kept. Gradients flow to model and guide.
-
-    Args:
-        program: a `LatentModel`.
-        batch: data, a dict of tensors `(N, ...)`, a tensor or a pair.
-        num_particles: K.
-
-    Returns:
-        `(K, N)`, in nats.
-
-    Raises:
-        ValueError: where latents of model and guide differ, or a site lies outside the plate over the data;
-            for bad data or num_particles < 1.
-
-    Source:
-        Kingma and Welling (2019), section 2.6; Burda et al. (2016), eq. 8.
-
-    Example:
-        >>> from pyrovae import VAE, log_weights
-        >>> log_weights(VAE.mlp(64, 2), torch.zeros(5, 64), num_particles=3).shape
-        torch.Size([3, 5])
-    """
-    check_arguments(program, num_particles)
-    batch = as_batch(batch)
-    check_finite(batch, "batch")
-    survey = Survey.of(program, batch)
-    with program.scope():
-        drawn = draw(program, batch, num_particles, survey)
-    drawn.check_support()
-    return drawn.log_weights
-
-
 def check_arguments(program: Any, num_particles: int = 1) -> None:
     """Raises ValueError for what is not a `LatentModel`, or fewer particles than one."""
     if isinstance(num_particles, bool) or not hasattr(num_particles, "__index__") or num_particles < 1:
@@ -146,83 +109,14 @@ def check_arguments(program: Any, num_particles: int = 1) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Survey:
-    """What a first run on one or two rows tells of a program.
-
-    Attributes:
-        nesting: number of dimensions that the program's own plates take.
-        vectorized: particles in a plate to the left of its own plates have the log-weights that they have one by
-            one, so that its networks broadcast. If not, each datum is repeated for each particle.
-        width: numbers for each datum in the widest tensor that a network or a site makes.
-        dim: number of observed values in a datum.
-        supports: for each tensor of the batch that a site observes as it is, that site and its support.
-    """
-
-    nesting: int
-    vectorized: bool
-    width: int
-    dim: int
-    supports: dict[str, tuple[str, Any]]
-
-    @staticmethod
-    def of(program: LatentModel, batch: Batch, name: str = "data") -> "Survey":
-        """Run the program in eval mode on the first rows, from a copy of torch's random state.
-
-        Raises:
-            ValueError: where the batch does not fit the arguments, latents of model and guide differ, a site lies
-                outside the plate over the data, data lie outside the support of their site, or Pyro finds fault with
-                the values or parameters of a site.
-            FloatingPointError: where a log-weight is NaN.
-        """
-        check_keys(batch, program.model, program.guide)
-        two, three = ({key: value[:n] for key, value in batch.items()} for n in (2, 3))
-        n = num_rows(two)
-        with torch.random.fork_rng(), program.inference():
-            with pyro.validation_enabled(False), _Widest() as widest:
-                _run(program, {key: value[:FIRST] for key, value in batch.items()})  # makes all parameters
-                widest.numel = 0
-                traces = _run_on(program, two)
-                nesting = _nesting(traces)
-                drawn = _read(program, traces, 1, n, nesting)  # support: looked at below, under the data's name
-            observed = [drawn.model_sites[site] for site in drawn.observed]
-            sizes = [site["value"].numel() for site in (*drawn.guide_sites.values(), *drawn.model_sites.values())]
-            survey = Survey(
-                nesting,
-                vectorized=False,
-                width=max(widest.numel, *sizes) // n,
-                dim=sum(site["value"].numel() for site in observed) // n,
-                supports={
-                    key: (site["name"], site["fn"].support)
-                    for key, value in two.items()
-                    for site in observed
-                    if site["value"].data_ptr() == value.data_ptr()
-                    and site["value"].shape == value.shape
-                    and _is_fixed(site["fn"].support)
-                },
-            )
-            survey.check_support(two, name)
-            if bool(torch.isnan(drawn.log_weights).any()):
-                raise FloatingPointError(f"Expected finite log-weights; got NaN: {drawn.first_bad()}")
-            with pyro.validation_enabled(True):
-                _read(program, _run(program, two), 1, n, nesting).check_support()
-                # at two lengths, lest a network take data for features where there are as many of them
-                vectorized = all(_broadcasts(program, rows, nesting) for rows in (two, three))
-        return replace(survey, vectorized=vectorized)
-
-    def check_support(self, batch: Batch, name: str) -> None:
-        """Raises ValueError where data lie outside the support of the site that observes them."""
-        for key, (site, support) in self.supports.items():
-            _check_support(f"{name}[{key!r}]", batch[key], site, support)
-
-
-def _is_fixed(support: Any) -> bool:
+def is_fixed(support: Any) -> bool:
     """Whether a support is the same for all data and latents."""
     parts = [support, getattr(support, "base_constraint", None)]
     return not any(isinstance(value, Tensor) for part in parts if part is not None for value in vars(part).values())
 
 
-def _check_support(name: str, value: Tensor, site: str, support: Any) -> None:
+def check_support(name: str, value: Tensor, site: str, support: Any) -> None:
+    """Raises ValueError where values lie outside the support of a site."""
     inside = support.check(value)
     if bool(inside.all()):
         return
@@ -232,49 +126,6 @@ def _check_support(name: str, value: Tensor, site: str, support: Any) -> None:
         f"Expected {name} within the support of site {site!r}, {'{0, 1}' if binary else support}; "
         f"got {bad[0].item():g}" + (". Binarize grey values, or choose another likelihood" if binary else "")
     )
-
-
-class _Widest:
-    """While entered, notes the largest number of values that any network's output has."""
-
-    def __enter__(self) -> "_Widest":
-        self.numel = 0
-        self.handle = register_module_forward_hook(self._note)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.handle.remove()
-
-    def _note(self, module: Any, inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
-            self.numel = max(self.numel, output.numel())
-
-
-def draw(program: LatentModel, batch: Batch, num_particles: int, survey: Survey) -> Draw:
-    """Run guide and model once, K particles at a time; the caller has entered the program's scope.
-
-    Raises:
-        ValueError: where latents of model and guide differ, or a site lies outside the plate over the data.
-    """
-    n = num_rows(batch)
-    if num_particles == 1:
-        return _read(program, _run(program, batch), 1, n, survey.nesting)
-    if survey.vectorized:
-        traces = _run(program, batch, num_particles, survey.nesting)
-        return _read(program, traces, num_particles, n, survey.nesting + 1)
-    rows = {key: value.repeat(num_particles, *[1] * (value.dim() - 1)) for key, value in batch.items()}
-    return _read(program, _run(program, rows), num_particles, n, survey.nesting)
-
-
-def _run_on(program: LatentModel, rows: Batch) -> "Traces":
-    """Run on a few rows; an error names that as its cause."""
-    try:
-        return _run(program, rows)
-    except RuntimeError as error:
-        raise ValueError(
-            "Expected a program that runs on any number of data; it ran on more, and on "
-            f"{num_rows(rows)} it fails: {str(error).splitlines()[0]}"
-        ) from error
 
 
 class Unscaled(Messenger):
@@ -287,13 +138,15 @@ class Unscaled(Messenger):
 def replayed_guide(program: LatentModel, batch: Batch) -> tuple[Callable[..., Any], dict[str, Tensor]]:
     """The guide with its latents fixed at one draw, and their values."""
     trace = poutine.trace(program.guide).get_trace(**batch)
-    return poutine.replay(program.guide, trace=trace), {name: site["value"] for name, site in _sites(trace).items()}
+    return poutine.replay(program.guide, trace=trace), {
+        name: site["value"] for name, site in sample_sites(trace).items()
+    }
 
 
 Traces = tuple[poutine.Trace, poutine.Trace]
 
 
-def _run(program: LatentModel, batch: Batch, num_particles: int = 1, nesting: int = 0, latents: Any = None) -> Traces:
+def traced(program: LatentModel, batch: Batch, num_particles: int = 1, nesting: int = 0, latents: Any = None) -> Traces:
     """Traces of the guide and of the model run against it; `latents`, a trace, fixes what the guide draws."""
     model, guide = program.model, program.guide
     if num_particles > 1:
@@ -305,7 +158,7 @@ def _run(program: LatentModel, batch: Batch, num_particles: int = 1, nesting: in
     return guide_trace, poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(**batch)
 
 
-def _sites(trace: poutine.Trace) -> dict[str, Any]:
+def sample_sites(trace: poutine.Trace) -> dict[str, Any]:
     """The sample sites that carry a density."""
     nodes: dict[str, Any] = dict(trace.nodes)
     return {
@@ -317,7 +170,8 @@ def _sites(trace: poutine.Trace) -> dict[str, Any]:
     }
 
 
-def _plate_dims(site: Any) -> set[int]:
+def plate_dims(site: Any) -> set[int]:
+    """The dimensions of a site's plates, counted from the right."""
     return {frame.dim for frame in site["cond_indep_stack"] if frame.vectorized}
 
 
@@ -326,37 +180,13 @@ def _together(site: Any) -> bool:
     return any(frame.name == PARTICLES for frame in site["cond_indep_stack"])
 
 
-def _nesting(traces: Traces) -> int:
-    return max((-dim for trace in traces for site in _sites(trace).values() for dim in _plate_dims(site)), default=1)
+def read(program: LatentModel, traces: Traces, num_particles: int, n: int, dims: int) -> Draw:
+    """What traces of K particles for N data say, site by site; `dims` plates there are at most.
 
-
-def _broadcasts(program: LatentModel, batch: Batch, nesting: int) -> bool:
-    n = num_rows(batch)
-    try:
-        traces = _run(program, batch, 2, nesting)
-        together = _read(program, traces, 2, n, nesting + 1)
-    except Exception:  # a network that does not broadcast says so in many ways, and each datum is repeated instead
-        return False
-    for k in range(2):
-        alone = _read(program, _run(program, batch, latents=_particle(traces[0], k, nesting)), 1, n, nesting)
-        if not torch.allclose(together.log_weights[k], alone.log_weights[0], rtol=1e-4, atol=1e-4, equal_nan=True):
-            return False
-    return True
-
-
-def _particle(guide_trace: poutine.Trace, k: int, nesting: int) -> poutine.Trace:
-    """The guide's trace with the k-th particle alone, its values shaped as if there had been no others."""
-    particle = poutine.Trace()
-    for name, site in _sites(guide_trace).items():
-        plates = max((-dim for dim in _plate_dims(site) if dim != -nesting - 1), default=0)
-        value = site["value"][k]
-        value = value.reshape(value.shape[value.dim() - site["fn"].event_dim - plates :])
-        particle.add_node(name, name=name, type="sample", value=value, is_observed=False, infer=site["infer"])
-    return particle
-
-
-def _read(program: LatentModel, traces: Traces, num_particles: int, n: int, dims: int) -> Draw:
-    guide, model = map(_sites, traces)
+    Raises:
+        ValueError: where latents of model and guide differ, or a site lies outside the plate over the data.
+    """
+    guide, model = map(sample_sites, traces)
     latents = [name for name, site in model.items() if not site["is_observed"]]
     _check_latents(latents, guide)
     if len(latents) == len(model):
@@ -401,7 +231,7 @@ def _log_prob(program: LatentModel, site: Any, num_particles: int, n: int, dims:
             f"got {tuple(value.shape)}"
         )
     log_p = scale_and_mask(fn.log_prob(value, *site["args"], **site["kwargs"]), mask=site["mask"])
-    undeclared = [d for d in range(-log_p.dim(), 0) if log_p.shape[d] > 1 and d not in _plate_dims(site)]
+    undeclared = [d for d in range(-log_p.dim(), 0) if log_p.shape[d] > 1 and d not in plate_dims(site)]
     if undeclared:
         raise ValueError(
             f"Expected the batch dimensions of site {name!r} to be those of its plates; got shape "

@@ -18,9 +18,10 @@ FLOORS = [
     ("data",),
     ("conditionals", "program"),
     ("traces", "compiled"),
+    ("survey",),
     ("models",),
     ("checkpoint", "objectives", "draws"),
-    ("evaluate",),
+    ("evaluate", "run"),
     ("fit", "plots"),
     ("cli",),
 ]

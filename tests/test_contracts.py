@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 import pyrovae
 from pyrovae import checkpoint, fit, log_weights
-from pyrovae.traces import Survey, draw
+from pyrovae.survey import Survey, draw
 
 everyone = pytest.mark.parametrize("entry", zoo.PROGRAMS.values(), ids=zoo.PROGRAMS)
 

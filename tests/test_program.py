@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 from pyrovae import VAE, LatentModel, as_program, data_plate, evaluate, fit, load, save
 from pyrovae.conditionals import Bernoulli, DiagonalNormal, StandardNormal
-from pyrovae.traces import Survey
+from pyrovae.survey import Survey
 
 
 class ForeignVAE(nn.Module):
