@@ -30,7 +30,6 @@ class CompiledLoss:
     Args:
         elbo: any `pyro.infer.ELBO`.
         model, guide: Pyro programs of static structure, which have run before, so that their parameters are there.
-
         compile: True, or "auto" as for `Compiled`.
         gradients: False for the loss alone.
 
@@ -275,7 +274,8 @@ class CompiledTrace_ELBO(_CompiledELBO, Trace_ELBO):
     has its arguments, draws the same random numbers and gives the same numbers up to rounding. The first call of a
     program runs uncompiled and makes its parameters; the second traces and compiles, in seconds; so does a
     call with arguments of a new shape. Tensors and Python floats among the arguments may change from call to call.
-    Pyro's checks of values (`pyro.enable_validation`) are made in the first call alone.
+    Pyro's checks of values (`pyro.enable_validation`) are made in the first call alone. `loss_and_grads` differentiates
+    in all that the loss depends on, also in networks that no `pyro.module` declares, as `elbo(model, guide)` does.
 
     Raises:
         CompileError: in a call, where the program cannot be compiled, with the site or the operation and a remedy.

@@ -5,6 +5,7 @@ import operator
 import random
 import sys
 import types
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -99,9 +100,13 @@ def _places(value: Any) -> Iterator[tuple[Callable[[], Any], Callable[[], Any]]]
             yield lambda: value.__code__.co_freevars, lambda: [_contents(cell) for cell in cells]
         if not library:
             yield from _globals(value)
+            if value.__defaults__:
+                yield lambda: range(len(value.__defaults__ or ())), lambda: value.__defaults__ or ()
+            if value.__kwdefaults__:
+                yield value.__kwdefaults__.keys, value.__kwdefaults__.values
     elif isinstance(value, dict):
         yield value.keys, value.values
-    elif isinstance(value, list | tuple | set | frozenset):
+    elif isinstance(value, list | tuple | set | frozenset | deque):
         yield lambda: range(len(value)), lambda: list(value)
     elif isinstance(value, types.ModuleType):
         return

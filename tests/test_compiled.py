@@ -11,6 +11,7 @@ import sys
 import textwrap
 import types
 import warnings
+from collections import deque
 from contextlib import nullcontext
 from dataclasses import dataclass
 from operator import attrgetter
@@ -382,7 +383,10 @@ def places():
     reader, namespace, slots, chosen = Reader(), argparse.Namespace(weight=2.0), Slots(), {"a"}
     partial, net = functools.partial(lambda weights, x: weights[0] * x, [2.0]), nn.Linear(2, 2)
     function, change = cell()
-    nested = OPTIONS["nested"][1]
+    nested, queue = OPTIONS["nested"][1], deque([2.0])
+
+    def by_default(x, options={"weight": 2.0}, *, more=2.0):  # noqa: B006
+        return x * options["weight"] * more
 
     def the_global():
         globals()["WEIGHT"] = 3.0
@@ -408,6 +412,9 @@ def places():
         "a namespace": (closure(namespace, attrgetter("weight")), lambda: setattr(namespace, "weight", 3.0)),
         "a dataclass with slots": (closure(slots, attrgetter("weight")), lambda: setattr(slots, "weight", 3.0)),
         "a settings module": (reads_a_module, lambda: setattr(SETTINGS, "weight", 3.0)),
+        "a container among the defaults": (by_default, lambda: by_default.__defaults__[0].update(weight=3.0)),
+        "the default of a keyword": (by_default, lambda: by_default.__kwdefaults__.update(more=3.0)),
+        "a deque": (closure(queue, lambda value: value[0]), lambda: queue.appendleft(3.0)),
         "a set": (closure(chosen, lambda value: 3.0 if "b" in value else 2.0), lambda: chosen.add("b")),
     }
 
@@ -646,6 +653,16 @@ def test_a_list_that_grows_is_an_error_that_names_it():
 )
 def test_noise_that_torch_does_not_draw_is_an_error(draw):
     raises(lambda x: x + draw(), data(3), match="NumPy or Python")
+
+
+def test_a_program_that_sets_torchs_seed_is_an_error():
+    def function(x):
+        torch.manual_seed(1)
+        return x + torch.rand(3)
+
+    state = torch.manual_seed(0).get_state()
+    raises(function, torch.ones(3), match="generator to its caller")
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_an_ordinary_mistake_stays_the_ordinary_error():

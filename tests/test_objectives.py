@@ -945,22 +945,14 @@ def test_a_parameter_object_may_be_replaced():
 
 
 @float64
-def test_an_elbos_own_settings_may_change():
+@pytest.mark.parametrize(("particles", "scale"), [((1, 3), (1.0, 1.0)), ((1, 1), (1.0, 0.3))])
+def test_an_elbos_own_settings_and_handlers_around_a_call_may_change(particles, scale):
     (model, guide), x = masked(), data()
     compiled, plain = CompiledTrace_ELBO(), Trace_ELBO()
     compiled.loss_and_grads(model, guide, x)
-    for particles in (1, 3):
-        compiled.num_particles = plain.num_particles = particles
-        assert_same(stepped(compiled, model, guide, x), stepped(plain, model, guide, x))
-
-
-@float64
-def test_handlers_around_a_call_hold():
-    (model, guide), x = masked(), data()
-    compiled, plain = CompiledTrace_ELBO(), Trace_ELBO()
-    compiled.loss_and_grads(model, guide, x)
-    for scale in (1.0, 0.3):
-        with poutine.scale(scale=scale):
+    for compiled.num_particles, factor in zip(particles, scale, strict=True):
+        plain.num_particles = compiled.num_particles
+        with poutine.scale(scale=factor):
             assert_same(stepped(compiled, model, guide, x), stepped(plain, model, guide, x))
 
 
