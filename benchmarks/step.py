@@ -1,6 +1,6 @@
 """The time of one training step of the same program on the CPU, many ways, interleaved.
 
-    python benchmarks/step.py                                    # all of it: four minutes on two idle cores
+    python benchmarks/step.py                                    # all of it: ten minutes on two idle cores
     python benchmarks/step.py --programs mlp --sizes 200,100 --rounds 3 --steps 5
 
 Three programs, each on one batch of random binary images, over and over, so that no data are loaded:
@@ -34,7 +34,6 @@ On cores that others use too, figures mean little: torch's threads wait for each
 as long, JAX's not. The load is printed; --threads 1 suffers least.
 """
 
-import csv
 import math
 import os
 import platform
@@ -62,7 +61,6 @@ from torch.nn.functional import binary_cross_entropy_with_logits, log_softmax
 from tqdm import tqdm
 
 import pyrovae as pv
-from pyrovae.checkpoint import write_whole
 from pyrovae.conditionals import Bernoulli, DiagonalNormal, StandardNormal
 
 X, Z, CLASSES, LR, WARM_UP = 784, 50, 10, 1e-3, 20
@@ -91,8 +89,6 @@ class Options:
     """Of the images, initial weights, noise and the order of the sides."""
     compile_time: bool = True
     """Compile with an empty cache, and tell how long it takes."""
-    csv: Path | None = None
-    """Also write every round's times to this file."""
 
 
 @dataclass(frozen=True)
@@ -446,19 +442,6 @@ def table(case: Case, sides: dict[str, Side], options: Options) -> str:
     return "\n".join(lines)
 
 
-def write_csv(path: Path, results: list[tuple[Case, dict[str, Side]]]) -> None:
-    def write(file: Path) -> None:
-        with file.open("w", newline="") as stream:
-            writer = csv.writer(stream)
-            writer.writerow(["program", "size", "batch", "side", "round", "ms", "seconds_to_compile"])
-            for case, sides in results:
-                for name, side in sides.items():
-                    head, seconds = (case.program, case.size, case.batch, name), side.seconds_to_compile
-                    writer.writerows([*head, i, f"{ms:.4f}", seconds] for i, ms in enumerate(side.ms))
-
-    write_whole(path, write)
-
-
 def machine() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
@@ -495,8 +478,6 @@ def check(options: Options) -> None:
         raise ValueError(f"Expected --seed to be at least 0 and below 2**32; got {options.seed}")
     if not options.programs or not options.sizes:
         raise ValueError("Expected at least one of --programs and of --sizes; got none")
-    if options.csv is not None and (options.csv.is_dir() or not options.csv.absolute().parent.is_dir()):
-        raise ValueError(f"Expected --csv to name a file in a folder that exists; got {options.csv}")
 
 
 def prepare(options: Options, folder: str) -> None:
@@ -515,18 +496,13 @@ def prepare(options: Options, folder: str) -> None:
 
 
 def measure(options: Options) -> None:
-    results: list[tuple[Case, dict[str, Side]]] = []
     with tempfile.TemporaryDirectory() as folder:
         prepare(options, folder)
         print(machine())
         if "mlp" in options.programs and version_of("numpyro") == ABSENT:
             print("NumPyro's two sides are absent: it is not installed (pip install numpyro)")
         for case in cases(options):
-            sides = measured(case, options)
-            print(f"\n{table(case, sides, options)}", flush=True)
-            results.append((case, sides))
-    if options.csv is not None:
-        write_csv(options.csv, results)
+            print(f"\n{table(case, measured(case, options), options)}", flush=True)
 
 
 def main() -> None:

@@ -256,6 +256,7 @@ def _compile(graph: torch.fx.GraphModule, tensors: list[Tensor]) -> Callable[...
                 del table[op]
                 if op not in lowerings:  # implicitly so, too, but not where the environment has CI
                     make_fallback(op, constrain_to_fx_strides, warn=False, override_decomp=True)
+            table[torch.ops.aten.log_sigmoid_forward.default] = _log_sigmoid_forward
             options: dict[str, Any] = {**OPTIONS, "triton.cudagraphs": on_gpu}
             examples: list[Any] = [tensor.detach() for tensor in tensors]
             run: Any = compile_fx(graph, examples, config_patches=options, decompositions=table)
@@ -270,6 +271,23 @@ def _compile(graph: torch.fx.GraphModule, tensors: list[Tensor]) -> Callable[...
             f"Expected a program that torch's inductor compiles; it fails with {_first_line(error)}. "
             "Run uncompiled (compile=False)"
         ) from error
+
+
+def _log_sigmoid_forward(x: Tensor) -> tuple[Tensor, Tensor]:
+    """log sigmoid(x) = min(x, 0) - log(1 + e), e = exp(-|x|), in float32 without a logarithm, right to 3e-7.
+
+    log(1 + e) = 2 artanh(s), s = e / (2 + e), whose power series to s^13 does it, as s is at most 1/3.
+    """
+    e = (-x.abs()).exp()
+    if x.dtype == torch.float32:
+        s = e / (2 + e)
+        series = torch.full_like(s, 1 / 13)
+        for k in (11, 9, 7, 5, 3, 1):
+            series = series * (s * s) + 1 / k
+        log1p = 2 * s * series
+    else:
+        log1p = e.log1p()
+    return x.clamp(max=0) - log1p, e
 
 
 @contextmanager

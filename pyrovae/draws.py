@@ -15,8 +15,8 @@ from pyrovae.data import Batch, as_data, count, num_rows, stream
 from pyrovae.program import LatentModel
 from pyrovae.survey import Survey, draw
 
-NUMBERS_AT_ONCE = 2**22  # in the widest tensor that a chunk makes
-WORTH_COMPILING = NUMBERS_AT_ONCE // 4
+NUMBERS_AT_ONCE = 2**21  # in the widest tensor that a chunk makes; 8 MiB, which a cache holds
+WORTH_COMPILING = NUMBERS_AT_ONCE // 2
 
 
 def evenly(total: int, most: int) -> int:

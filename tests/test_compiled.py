@@ -284,6 +284,21 @@ def test_bernoulli_draws_are_those_of_the_function_also_where_the_environment_ha
     same_noise(Compiled(function), function, data(3).sigmoid())
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-7), (torch.float64, 1e-15)])
+def test_log_sigmoid_is_right_to_rounding_with_its_gradient(dtype, tolerance):
+    x = torch.cat([torch.linspace(-30, 30, 100_001), torch.tensor([-1e4, -90.0, 0.0, 90.0, 1e4])]).to(dtype)
+
+    def function(x):
+        (gradient,) = torch.autograd.grad((value := F.logsigmoid(x)).sum(), x)
+        return value.detach(), gradient
+
+    ours = Compiled(function)(x.requires_grad_())
+    exact = F.logsigmoid(x.detach().double()), torch.sigmoid(-x.detach().double())
+    for value, other in zip(ours, exact, strict=True):
+        assert value.dtype == dtype
+        assert_close(value.double(), other, rtol=tolerance, atol=torch.finfo(dtype).tiny)
+
+
 @pytest.mark.parametrize(
     "draw",
     [
