@@ -14,7 +14,7 @@ from pyrovae import LatentModel, conditionals, models
 
 PACKAGE = Path(pyrovae.__file__).parent
 FLOORS = [
-    ("nets", "reference", "weights", "sources", "watch"),
+    ("nets", "reference", "weights", "sources", "watch", "inductor"),
     ("data",),
     ("conditionals", "program"),
     ("traces", "compiled"),
@@ -74,7 +74,7 @@ def test_no_drawer():
 
 
 def test_files_are_small():
-    long = {path.name: lines for path in FILES if (lines := path.read_text().count("\n")) > 420}
+    long = {path.name: lines for path in FILES if (lines := path.read_text().count("\n")) > 380}
     assert not long
 
 

@@ -52,7 +52,7 @@ def assert_same(ours, theirs):
             assert value == other
 
 
-def same_noise(compiled_function, function, *args):
+def assert_same_noise(compiled_function, function, *args):
     """The results and the random state after, of both, from the same seed."""
     results = []
     for run in (compiled_function, function):
@@ -204,7 +204,7 @@ def test_networks_have_a_train_and_an_eval_mode():
     for mode in (True, True, False, True, False):
         ours.train(mode)
         theirs.train(mode)
-        same_noise(compiled_function, lambda x: theirs(x).detach(), data(6, 3))
+        assert_same_noise(compiled_function, lambda x: theirs(x).detach(), data(6, 3))
         assert_same(dict(ours.state_dict()), dict(theirs.state_dict()))
     assert compiled_function.num_traces == 2
 
@@ -258,7 +258,7 @@ def test_draws_in_a_row_are_those_of_the_function():
             drawn[name] = make().sample((2,)), make().sample((3,))
         return drawn, torch.randn(3) + x, torch.randperm(5), torch.randint(9, (4,))
 
-    same_noise(Compiled(function), function, data(3))
+    assert_same_noise(Compiled(function), function, data(3))
 
 
 def test_the_order_of_draws_does_not_depend_on_their_memory():
@@ -272,7 +272,7 @@ def test_the_order_of_draws_does_not_depend_on_their_memory():
         last = torch.rand(100, 50)
         return (other @ mean).sum() + few.sum(), gamma, x + small, last.sum() * mean
 
-    same_noise(Compiled(function), function, data(3))
+    assert_same_noise(Compiled(function), function, data(3))
 
 
 def test_bernoulli_draws_are_those_of_the_function_also_where_the_environment_has_ci(monkeypatch):
@@ -281,7 +281,7 @@ def test_bernoulli_draws_are_those_of_the_function_also_where_the_environment_ha
     def function(x):
         return torch.bernoulli(x), dist.Bernoulli(x).sample((2,)), torch.rand(3)
 
-    same_noise(Compiled(function), function, data(3).sigmoid())
+    assert_same_noise(Compiled(function), function, data(3).sigmoid())
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-7), (torch.float64, 1e-15)])
@@ -320,7 +320,7 @@ def test_draws_that_nobody_looks_at_are_made_in_their_place(draw):
         draw(3)
         return first, draw(2), torch.rand(3) + x
 
-    same_noise(Compiled(function), function, data(3))
+    assert_same_noise(Compiled(function), function, data(3))
 
 
 # Python values that a function refers to

@@ -88,7 +88,7 @@ def assert_same(ours, theirs):
     assert torch.equal(ours.noise, theirs.noise), "another amount of noise was drawn"
 
 
-def compare(pair, model, guide, *args, more=(), **settings):
+def assert_as_namesake(pair, model, guide, *args, more=(), **settings):
     """The second, compiled call of a program, and calls with other arguments and noise, against the namesake."""
     compiled, plain = (elbo(**settings) for elbo in pair)
     for elbo in (compiled, plain):  # parameters are made, max_plate_nesting is guessed
@@ -106,7 +106,7 @@ def data(n=4, dim=2, seed=0):
 # Every program of the zoo
 
 
-def compare_on_the_zoo(entry, pair):
+def assert_as_namesake_on_the_zoo(entry, pair):
     program, x = entry.make(), entry.data(5)
     compiled, plain = (elbo() for elbo in pair)
     params = dict(program.named_parameters())
@@ -120,7 +120,7 @@ def compare_on_the_zoo(entry, pair):
 @float64
 @pytest.mark.parametrize("entry", zoo.PROGRAMS.values(), ids=zoo.PROGRAMS)
 def test_programs_of_the_zoo_have_the_loss_gradients_and_noise_of_the_namesake(entry):
-    compare_on_the_zoo(entry, TRACE)
+    assert_as_namesake_on_the_zoo(entry, TRACE)
 
 
 def slow_unless(*quick):
@@ -132,13 +132,13 @@ def slow_unless(*quick):
 @float64
 @slow_unless("VAE DiagonalNormal Bernoulli", "VAE UnitNormal DiagonalNormal", "LinearGaussian amortized")
 def test_programs_of_the_zoo_have_the_analytic_kl_terms_of_the_namesake(name):
-    compare_on_the_zoo(zoo.PROGRAMS[name], MEAN_FIELD)
+    assert_as_namesake_on_the_zoo(zoo.PROGRAMS[name], MEAN_FIELD)
 
 
 @pytest.mark.parametrize("pair", [TRACE, MEAN_FIELD], ids=["Trace", "TraceMeanField"])
 @slow_unless("VAE DiagonalNormal Bernoulli")
 def test_programs_of_the_zoo_agree_in_single_precision(name, pair):
-    compare_on_the_zoo(zoo.PROGRAMS[name], pair)
+    assert_as_namesake_on_the_zoo(zoo.PROGRAMS[name], pair)
 
 
 # What a program may be made of. Each function returns a model and a guide of x, N x 2.
@@ -344,19 +344,19 @@ def by_score(program):
     ],
 )
 def test_programs_of_many_kinds_have_the_loss_gradients_and_noise_of_the_namesake(make):
-    compiled = compare(TRACE, *make(), data(), more=[(data(seed=1),), (data(seed=2),)])
+    compiled = assert_as_namesake(TRACE, *make(), data(), more=[(data(seed=1),), (data(seed=2),)])
     assert compiled.num_traces == 1
 
 
 @float64
 def test_a_bernoulli_latent_has_the_noise_of_the_namesake():
-    compare(TRACE, *bernoulli_latent(), data(), more=[(data(seed=1),)])
+    assert_as_namesake(TRACE, *bernoulli_latent(), data(), more=[(data(seed=1),)])
 
 
 @float64
 @pytest.mark.parametrize("make", [mean_field, masked, scaled])
 def test_analytic_kl_terms_are_those_of_the_namesake(make):
-    compare(MEAN_FIELD, *make(), data(), more=[(data(seed=1),)])
+    assert_as_namesake(MEAN_FIELD, *make(), data(), more=[(data(seed=1),)])
 
 
 @float64
@@ -366,7 +366,7 @@ def test_analytic_kl_terms_are_those_of_the_namesake(make):
     ids=["vectorized", "by score, in a loop", "by score, vectorized"],
 )
 def test_several_particles_are_those_of_the_namesake(make, vectorized):
-    compare(TRACE, *make(), data(), num_particles=3, vectorize_particles=vectorized, more=[(data(seed=1),)])
+    assert_as_namesake(TRACE, *make(), data(), num_particles=3, vectorize_particles=vectorized, more=[(data(seed=1),)])
 
 
 @float64
@@ -393,7 +393,7 @@ def test_an_autoguide_has_the_loss_gradients_and_noise_of_the_namesake():
         with pyro.plate("data", len(x)):
             pyro.sample("x", dist.Normal(mu, sigma).to_event(1), obs=x)
 
-    compiled = compare(TRACE, model, AutoNormal(model), data())
+    compiled = assert_as_namesake(TRACE, model, AutoNormal(model), data())
     assert compiled.num_traces == 1, "what the guide notes for itself, in the namesake's call between, is no change"
 
 
@@ -407,7 +407,7 @@ def test_a_flow_has_the_loss_gradients_and_noise_of_the_namesake():
         with pyro.plate("data", len(x)), poutine.scale(scale=0.3):
             pyro.sample("z", dist.TransformedDistribution(dist.Normal(x, 1.0), [flow]))
 
-    compiled = compare(TRACE, model, guide, data())
+    compiled = assert_as_namesake(TRACE, model, guide, data())
     assert compiled.num_traces == 1, "what a transform caches, in the namesake's call between, is no change"
 
 
@@ -425,7 +425,7 @@ def test_a_pyro_module_has_the_loss_gradients_and_noise_of_the_namesake():
             with pyro.plate("data", len(x)):
                 pyro.sample("z", dist.Normal(self.net(x), self.scale).to_event(1))
 
-    compare(TRACE, model, Guide(), data(), more=[(data(seed=1),)])
+    assert_as_namesake(TRACE, model, Guide(), data(), more=[(data(seed=1),)])
 
 
 # Labels, x is N x 1
@@ -485,7 +485,7 @@ def label_and_latents():
     ids=["parallel", "sequential", "in the model", "with latents"],
 )
 def test_enumerated_labels_have_the_loss_gradients_and_noise_of_the_namesake(make, settings):
-    compiled = compare(ENUM, *make(), data(dim=1), more=[(data(dim=1, seed=1),)], **settings)
+    compiled = assert_as_namesake(ENUM, *make(), data(dim=1), more=[(data(dim=1, seed=1),)], **settings)
     assert compiled.num_traces == 1
 
 
@@ -494,7 +494,7 @@ def test_a_sum_over_labels_may_be_weighted_by_an_argument():
     """Must not read the weight: Pyro makes a Python number of it."""
     x = data(dim=1)
     model, guide = labels(False, kl_weight=True)
-    compare(ENUM, model, guide, x, 0.5, more=[(x, 0.7)], max_plate_nesting=1)
+    assert_as_namesake(ENUM, model, guide, x, 0.5, more=[(x, 0.7)], max_plate_nesting=1)
 
 
 @float64
@@ -510,7 +510,7 @@ def test_costs_of_labels_of_probability_zero_are_left_out():
             pyro.sample("y", dist.Categorical(logits=logits + forbidden), infer={"enumerate": "parallel"})
 
     x = data(dim=1)
-    elbo = compare(
+    elbo = assert_as_namesake(
         ENUM, lambda x, _: model(x), guide, x, closed, more=[(x, one_hot), (x, 0 * one_hot.exp())], max_plate_nesting=1
     )
     assert elbo.num_traces == 1
