@@ -1,7 +1,7 @@
 """Data sets, how they are binarized, and minibatches from memory."""
 
 import math
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -62,6 +62,8 @@ class Data:
         tensors: dict of tensors `(N, ...)`, a single tensor (named `x`) or a pair (`x`, `y`).
         dynamic: draw `x` anew from Bernoulli(x) each time that it is shown; `x` then holds
             probabilities (dynamic binarization, Burda et al. 2016).
+        show: a function of a minibatch that gives what is handed out in its place, each time anew: an augmentation,
+            or draws of another program's latents, `lambda batch: {**batch, "x": m1.encode(batch["x"], sample=True)}`.
         check: look for NaN, infinity and wrong values; off only for tensors that were looked through before.
 
     Raises:
@@ -73,15 +75,27 @@ class Data:
         [2, 1]
     """
 
-    def __init__(self, tensors: Any, *, dynamic: bool = False, check: bool = True):
+    def __init__(
+        self,
+        tensors: Any,
+        *,
+        dynamic: bool = False,
+        show: Callable[[Batch], Batch] | None = None,
+        check: bool = True,
+    ):
         self.tensors = as_batch(tensors, "data")
-        self.dynamic = dynamic
+        self.dynamic, self.show = dynamic, show
         if dynamic and "x" not in self.tensors:
             raise ValueError(f"Expected x among the tensors of dynamic data; got {', '.join(self.tensors)}")
         if check:
             check_finite(self.tensors, "data")
         if check and dynamic:
             _check_unit_interval(self.tensors["x"])
+
+    @property
+    def fixed(self) -> bool:
+        """Whether what is handed out is what is held."""
+        return not self.dynamic and self.show is None
 
     def __len__(self) -> int:
         return num_rows(self.tensors)
@@ -102,7 +116,7 @@ class Data:
         return self._with({key: value.to(device) for key, value in self.tensors.items()})
 
     def _with(self, tensors: Batch) -> "Data":
-        return Data(tensors, dynamic=self.dynamic and "x" in tensors, check=False)
+        return Data(tensors, dynamic=self.dynamic and "x" in tensors, show=self.show, check=False)
 
     def batches(self, batch_size: int, *, shuffle: torch.Generator | None = None) -> Iterator[Batch]:
         """All data once, in minibatches of `batch_size`; the last one may be smaller.
@@ -120,13 +134,27 @@ class Data:
             order = torch.randperm(len(self), generator=shuffle).to(device)
         for start in range(0, len(self), batch_size):
             rows = slice(start, start + batch_size)
-            batch = {
-                key: value[rows] if order is None else value.index_select(0, order[rows])
-                for key, value in self.tensors.items()
-            }
-            if self.dynamic:
-                batch["x"] = _bernoulli(batch["x"], shuffle)
-            yield batch
+            yield self._shown(rows if order is None else order[rows], shuffle)
+
+    def endless(self, batch_size: int, shuffle: torch.Generator) -> Iterator[Batch]:
+        """Minibatches of `batch_size`, or of all data where there are fewer, in one random order after the other."""
+        size = min(batch_size, len(self))
+        device = next(iter(self.tensors.values())).device
+        order = torch.empty(0, dtype=torch.int64, device=device)
+        while True:
+            if len(order) < size:
+                order = torch.cat([order, torch.randperm(len(self), generator=shuffle).to(device)])
+            yield self._shown(order[:size], shuffle)
+            order = order[size:]
+
+    def _shown(self, rows: slice | Tensor, shuffle: torch.Generator | None) -> Batch:
+        batch = {
+            key: value[rows] if isinstance(rows, slice) else value.index_select(0, rows)
+            for key, value in self.tensors.items()
+        }
+        if self.dynamic:
+            batch["x"] = _bernoulli(batch["x"], shuffle)
+        return batch if self.show is None else self.show(batch)
 
 
 def _bernoulli(probability: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -152,6 +180,47 @@ def as_data(data: Any, name: str = "data") -> "Data | DataLoader[Any]":
     data = Data(as_batch(data, name), check=False)
     check_finite(data.tensors, name)
     return data
+
+
+def split_labels(data: Any, per_class: int = 10, seed: int = 0) -> tuple[Data, Data]:
+    """A few labelled data, equally many of each class, and all others without their labels.
+
+    Args:
+        data: a `Data`, or a dict, with integer labels y `(N,)`; or a pair (x, y).
+        per_class: how many of each class keep their label.
+        seed: of the choice.
+
+    Returns:
+        The labelled data, class by class, and the unlabelled ones, which lack y; no datum is in both.
+
+    Raises:
+        ValueError: for data without integer labels, per_class < 1, a class with fewer data, or where none is left.
+
+    Example:
+        >>> labeled, unlabeled = split_labels((torch.rand(6, 2), torch.tensor([0, 1, 0, 1, 1, 0])), per_class=1)
+        >>> labeled["y"].tolist(), len(unlabeled), list(unlabeled.tensors)
+        ([0, 1], 4, ['x'])
+    """
+    data = data if isinstance(data, Data) else Data(data)
+    if "y" not in data.tensors or data["y"].is_floating_point() or data["y"].dim() != 1:
+        found = f"y of {data['y'].dtype}, {tuple(data['y'].shape)}" if "y" in data.tensors else ", ".join(data.tensors)
+        raise ValueError(f"Expected data with integer labels y (N,); got {found}")
+    if per_class < 1:
+        raise ValueError(f"Expected per_class to be at least 1; got {per_class}")
+    y = data["y"]
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed)).to(y.device)
+    chosen = []
+    for label in y.unique():
+        rows = order[y[order] == label][:per_class]
+        if len(rows) < per_class:
+            raise ValueError(f"Expected at least per_class={per_class} data of each class; got {len(rows)} of {label}")
+        chosen.append(rows)
+    chosen = torch.cat(chosen)
+    rest = torch.ones_like(y, dtype=torch.bool)
+    rest[chosen] = False
+    if not bool(rest.any()):
+        raise ValueError(f"Expected more data than are labelled; got {len(y)}, with per_class={per_class} all of them")
+    return data.rows(chosen), data.rows(rest.nonzero().squeeze(1)).select(*(key for key in data.tensors if key != "y"))
 
 
 def count(data: "Data | DataLoader[Any]") -> int | None:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from pyrovae.compiled import Compile, Compiled
 from pyrovae.data import Batch, as_data, count, num_rows, stream
 from pyrovae.program import LatentModel
-from pyrovae.survey import Survey, draw
+from pyrovae.survey import Enumerated, Survey, draw
 
 NUMBERS_AT_ONCE = 2**21  # in the widest tensor that a chunk makes; 8 MiB, which a cache holds
 WORTH_COMPILING = NUMBERS_AT_ONCE // 2
@@ -29,16 +29,23 @@ class Weights:
     """What is measured of K draws for each of N data; nats.
 
     Attributes:
-        log_weights: log p(x, z_k) - log q(z_k | x), `(K, N)`.
-        log_px_z: log p(x | z_k), `(K, N)`.
-        kl: log q(z_k | x) - log p(z_k), `(K, N)`.
+        log_weights: log p(x, z_k) - log q(z_k | x), `(K, N)`; a label is summed over.
+        log_px_z: log p(x | z_k), `(K, N)`; of a label the expectation under the guide.
+        kl: log q(z_k | x) - log p(z_k), `(K, N)`; likewise.
         means: E_q[z | x] of each latent site, `(N, D)`.
+        log_joint: log sum_k p(x, y, z_k) / q(z_k | x, y) for each class of a label, `(C, N)`; None without a label.
     """
 
     log_weights: Tensor
     log_px_z: Tensor
     kl: Tensor
     means: dict[str, Tensor]
+    log_joint: Tensor | None
+
+    @property
+    def elbo(self) -> Tensor:
+        """log p(x | z_k) - KL, one-draw estimates of the ELBO, `(K, N)`."""
+        return self.log_px_z - self.kl
 
 
 class Draws:
@@ -55,7 +62,7 @@ class Draws:
 
     def __init__(self, program: LatentModel, survey: Survey, compile: Compile = False):
         self.program, self.survey = program, survey
-        self.rows = max(1, NUMBERS_AT_ONCE // survey.width)
+        self.rows = max(1, NUMBERS_AT_ONCE // survey.numbers)
         watch = program.model, program.guide
         self.compiled = self._weigh if compile is False else Compiled(self._weigh, watch, compile)
 
@@ -71,7 +78,7 @@ class Draws:
             ValueError: where observed values lie outside the support of their site.
             FloatingPointError: where a weight is NaN or infinite, naming the datum and the site.
         """
-        large = num_particles * num_rows(batch) * self.survey.width >= WORTH_COMPILING
+        large = num_particles * num_rows(batch) * self.survey.numbers >= WORTH_COMPILING
         noise = torch.get_rng_state()
         sound, *found = (self.compiled if large else self._weigh)(batch, num_particles)
         if not bool(sound):
@@ -83,7 +90,8 @@ class Draws:
         drawn = draw(self.program, batch, num_particles, self.survey)
         log_w = drawn.log_weights
         sound = drawn.supported() & (log_w < torch.inf).all()  # false for NaN, too
-        return sound, log_w, drawn.log_px_z, drawn.kl, drawn.posterior_means()
+        log_joint = drawn.log_joint.logsumexp(0) if isinstance(drawn, Enumerated) else None
+        return sound, log_w, drawn.log_px_z, drawn.kl, drawn.posterior_means(), log_joint
 
     def _complain(self, batch: Batch, num_particles: int, first: int) -> None:
         drawn = draw(self.program, batch, num_particles, self.survey)

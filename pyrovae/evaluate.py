@@ -152,7 +152,7 @@ def evaluate(
         for first, part in plan.parts(f"log p(x), K = {num_particles}", progress):
             sums = WeightSums(num_particles)
             for weights in plan.weights(first, part):
-                sums.add(weights.log_weights)
+                sums.add(weights.log_weights, weights.elbo)
                 units.add(weights)
             units.end_of_chunk()
             for name, method in STATISTICS.items():

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pyro
 import torch
@@ -14,9 +14,10 @@ from pyro.infer import ELBO, Trace_ELBO
 from pyrovae import checkpoint
 from pyrovae.compiled import Compile
 from pyrovae.conditionals.conditional import PRECISIONS
-from pyrovae.data import as_data, count
+from pyrovae.data import Data, as_data, count
 from pyrovae.program import LatentModel
 from pyrovae.run import History, Run
+from pyrovae.supervision import Labels
 from pyrovae.traces import check_arguments
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -24,9 +25,13 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 
 def fit(
     program: LatentModel,
-    train: Any,
+    train: Any = None,
     val: Any = None,
     *,
+    labeled: Any = None,
+    supervised_weight: float | None = None,
+    labeled_batch_size: int | None = None,
+    labels: Labels = "enumerate",
     elbo: ELBO | None = None,
     epochs: int = 100,
     batch_size: int = 100,
@@ -48,14 +53,25 @@ def fit(
     it, and one step of one torch optimizer on all parameters; those that appear only when the program first runs are
     found. It is what `pyro.infer.SVI` does, and draws the same random numbers.
 
+    With `labeled`, each step takes a minibatch of `train`, whose label is unknown, and one of `labeled`, and estimates
+
+        sum L(x, y) over labeled + sum U(x) over train + supervised_weight * mean -log q(y | x) over labeled
+
+    without bias, whatever their sizes; q(y | x) is read from the guide (Kingma et al. 2014, eq. 6 to 9). L and U are
+    the losses of data whose label is shown and not.
+
     With `val`, the weights that were best on it are in the program at the end, also when training stops
-    with an error.
+    with an error: by its error of classification where `labeled` is given and `val` has labels, else by its ELBO.
 
     Args:
         program: a `LatentModel`.
         train: a tensor `(N, D)`, a pair (x, y), a dict of tensors, a `Data`, or a torch `DataLoader`, which then
-            says itself how it shuffles and what a minibatch is.
-        val: likewise; its ELBO chooses the best weights and stops training early.
+            says itself how it shuffles and what a minibatch is. With `labeled` it may be None.
+        val: likewise; it chooses the best weights and stops training early.
+        labeled: data with labels, in memory: a pair (x, y), a dict or a `Data`.
+        supervised_weight: of the classification term; None for 0.1 times the number of all data, as in the paper.
+        labeled_batch_size: labelled data in a minibatch; None for `batch_size`.
+        labels: unknown ones are summed over (enumerate, by `TraceEnum_ELBO`) or drawn from q(y | x) (sample).
         elbo: any `pyro.infer.ELBO`; by default `Trace_ELBO()`.
         epochs: passes over `train`, those before `resume` included.
         batch_size: data in a minibatch.
@@ -77,12 +93,15 @@ def fit(
 
     Returns:
         A dict for each epoch: `loss`, the mean objective over the epoch; `elbo`, `log_px_z` and `kl`, measured after
-        it with one draw for each datum, in eval mode, on the training data (10,000 of them at most); `val_elbo`,
-        `val_log_px_z`, `val_kl`; `seconds`. Nats, per datum, and the true ELBO, whatever was optimised.
+        it with one draw for each datum, in eval mode, on the training data (10,000 of them at most, classes summed over
+        counted each); `val_elbo`, `val_log_px_z`, `val_kl`; `seconds`. Nats, per datum, and the true ELBO, whatever was
+        optimised. With `labeled`, `elbo` is -U, `labeled_elbo` -L with its two parts, `cross_entropy` -log q(y | x) of
+        the labelled data, and `val_error` the share of validation data that q(y | x) misclassifies.
 
     Raises:
-        ValueError: for bad data or settings, data outside the support of the likelihood, latents of model and guide
-            that do not fit, a program without parameters, a checkpoint of another run.
+        ValueError: for bad data or settings, labels that are none of the classes, a program without a label, data
+            outside the support of the likelihood, latents of model and guide that do not fit, a program without
+            parameters, a checkpoint of another run.
         CompileError: where `compile` is True and the program cannot be compiled, or there is no C++ compiler.
         FileExistsError, FileNotFoundError: where `run_dir` is there and should not be, or the other way round.
         FloatingPointError: where the loss is not finite, naming the site; the last good checkpoint stays.
@@ -98,13 +117,18 @@ def fit(
     rate = lr if callable(lr) else lambda epoch: lr
     elbo, optimizer = elbo or Trace_ELBO(), optimizer or partial(torch.optim.Adam, fused=True)
     _check_positive(epochs=epochs, batch_size=batch_size, lr=rate(1), patience=patience, grad_clip=grad_clip)
-    _check_known(device=(device, DEVICES), precision=(precision, PRECISIONS))
+    _check_positive(labeled_batch_size=labeled_batch_size)
+    _check_known(device=(device, DEVICES), precision=(precision, PRECISIONS), labels=(labels, get_args(Labels)))
     _check_objects(elbo, optimizer)
     if patience is not None and val is None:
         raise ValueError("Expected val with patience: early stopping goes by the ELBO on validation data; got None")
     if resume and run_dir is None:
         raise ValueError("Expected run_dir with resume=True; got None")
-    train, val = as_data(train, "train"), None if val is None else as_data(val, "val")
+    train, val, labeled = (
+        None if data is None else as_data(data, name)
+        for name, data in (("train", train), ("val", val), ("labeled", labeled))
+    )
+    _check_data(train, labeled, supervised_weight)
     settings = {
         "elbo": type(elbo).__name__,
         "batch_size": batch_size,
@@ -114,9 +138,16 @@ def fit(
         "seed": seed,
         "precision": precision,
         "compile": compile,
-        "num_train": count(train),
+        "num_train": None if train is None else count(train),
         "num_val": None if val is None else count(val),
     }
+    if labeled is not None:
+        settings |= {
+            "num_labeled": len(labeled),
+            "supervised_weight": supervised_weight,
+            "labeled_batch_size": labeled_batch_size or batch_size,
+            "labels": labels,
+        }
     folder = None if run_dir is None else Path(run_dir)
     saved = None if folder is None else checkpoint.open_run(folder, resume)
     with ExitStack() as stack:
@@ -124,7 +155,7 @@ def fit(
             stack.enter_context(torch.random.fork_rng())
             torch.manual_seed(seed)
         stack.enter_context(pyro.validation_enabled(False))
-        run = Run(program, train, val, elbo, optimizer, rate, settings, folder, device)
+        run = Run(program, train, val, labeled, elbo, optimizer, rate, settings, folder, device)
         stack.enter_context(program.scope())
         if saved is not None:
             run.resume(saved)
@@ -134,7 +165,7 @@ def fit(
 
 def _check_positive(**values: float | None) -> None:
     for name, value in values.items():
-        whole = name in ("epochs", "batch_size", "patience")
+        whole = name in ("epochs", "batch_size", "labeled_batch_size", "patience")
         kind = int if whole else (int, float)
         if value is not None and not (isinstance(value, kind) and value > 0 and math.isfinite(value)):
             raise ValueError(f"Expected {name} to be a positive {'whole ' if whole else ''}number; got {value!r}")
@@ -146,6 +177,19 @@ def _check_known(**options: tuple[Any, Iterable[str]]) -> None:
             raise ValueError(f"Expected {name} to be one of {', '.join(known)}; got {value!r}")
         if value == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"Expected {name} to be one that is here; got 'cuda', and torch finds none")
+
+
+def _check_data(train: Any, labeled: Any, supervised_weight: float | None) -> None:
+    if train is None and labeled is None:
+        raise ValueError("Expected train, or labeled; got neither")
+    if labeled is None and supervised_weight is not None:
+        raise ValueError("Expected labeled, data with labels, with supervised_weight; got None")
+    if supervised_weight is not None and not 0 <= supervised_weight < math.inf:
+        raise ValueError(f"Expected supervised_weight to be a number of at least 0; got {supervised_weight!r}")
+    if labeled is not None and not isinstance(labeled, Data):
+        raise ValueError("Expected labeled to be tensors or a Data, in memory; got a DataLoader")
+    if labeled is not None and train is not None and count(train) is None:
+        raise ValueError("Expected train of known length with labeled; got an iterable data set")
 
 
 def _check_objects(elbo: Any, optimizer: Any) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 Activation = Literal["tanh", "relu", "elu", "softplus", "silu"]
@@ -44,6 +45,37 @@ def _glorot(module: nn.Module) -> None:
             nn.init.xavier_uniform_(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+
+
+class Constant(nn.Module):
+    """The network of a root: the same numbers `(out_dim,)` always, zeros at first.
+
+    Args:
+        out_dim: how many.
+        learned: whether they are parameters.
+
+    Raises:
+        ValueError: for a size that is not positive.
+
+    Example:
+        >>> Constant(3)()
+        tensor([0., 0., 0.])
+    """
+
+    value: Tensor
+
+    def __init__(self, out_dim: int, learned: bool = False):
+        super().__init__()
+        _check_sizes(out_dim=out_dim)
+        self.out_dim, self.learned = out_dim, learned
+        if learned:
+            self.value = nn.Parameter(torch.zeros(out_dim))
+        else:
+            self.register_buffer("value", torch.zeros(out_dim), persistent=False)
+
+    def forward(self) -> Tensor:
+        """The numbers `(out_dim,)`."""
+        return self.value
 
 
 class MLP(nn.Module):

@@ -102,7 +102,12 @@ def _variables(loss: Tensor) -> list[Tensor]:
 @contextmanager
 def _traceable(elbo: Any) -> Iterator[None]:
     """While an ELBO of Pyro's is traced, its detours through Python numbers stay among the tensors."""
-    modules = {sys.modules[cls.__module__] for cls in getattr(elbo, "__self_class__", type(elbo)).__mro__}
+    classes = [
+        cls
+        for part in (elbo, *getattr(elbo, "parts", ()))
+        for cls in getattr(part, "__self_class__", type(part)).__mro__
+    ]
+    modules = {sys.modules[cls.__module__] for cls in classes}
     store = pyro.get_param_store()
     before = set(store.keys())
     with ExitStack() as stack:

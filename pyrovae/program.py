@@ -1,11 +1,8 @@
-"""LatentModel, data_plate and as_program: a model and a guide as one object."""
+"""LatentModel and data_plate: a model and a guide as one object."""
 
-import dis
-import functools
 import inspect
-import types
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -14,8 +11,10 @@ import pyro.poutine as poutine
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
+from torch.distributions import OneHotCategorical
 
 from pyrovae.data import Batch, as_batch
+from pyrovae.labels import Label, site_of
 
 _DOT = "%2E"  # torch forbids "." in a parameter's name; Pyro's names have it
 
@@ -38,11 +37,16 @@ class LatentModel(nn.Module):
     the same names and lie, as x does, in the plate "data". More observed variables are more arguments; a batch is a
     dict whose keys are the arguments' names. `model` returns its data, and draws them where it is called without.
 
+    A latent that some data show, a label, is an argument of both that may be left out; in `model` it is then a latent,
+    and `guide` draws it: `model(self, x=None, y=None)`, `guide(self, x, y=None)`.
+
     Attributes:
         plate_name: name of the plate over the data.
+        label: name of the label, where there is one.
     """
 
     plate_name = "data"
+    label = "y"
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +63,7 @@ class LatentModel(nn.Module):
         """q(z | x)."""
         raise NotImplementedError(f"{type(self).__name__} has no guide")
 
-    def sample(self, n: int, *, mean: bool = False, like: Any = None, **given: Tensor) -> Any:
+    def sample(self, n: int, *, mean: bool = False, like: Any = None, **given: Tensor | int) -> Any:
         """Draw n data from the generative model: z ~ p(z), x ~ p(x | z).
 
         Args:
@@ -67,8 +71,8 @@ class LatentModel(nn.Module):
             mean: E[x | z] in the place of x, which is what pictures usually show.
             like: a batch, needed only for a model that cannot be called without its data: shapes are taken
                 from it, and what it gives to observed sites is drawn anew.
-            given: arguments of `model` to be held fixed, each `(n, ...)`; what comes before them in the graph is
-                drawn from its prior all the same.
+            given: arguments of `model` to be held fixed, each `(n, ...)` or one number for all, as y=3; what comes
+                before them in the graph is drawn from its prior all the same.
 
         Returns:
             What `model` returns, `(n, D)`; with `like`, the value of its data site.
@@ -85,17 +89,22 @@ class LatentModel(nn.Module):
         ]
         if required and like is None:
             raise ValueError(f"Expected like=a batch, for the model needs {', '.join(required)}; got none")
+        device = next((p.device for p in self.parameters()), None)
+        fixed = {
+            key: value.to(device) if isinstance(value, Tensor) else torch.full((n,), value, device=device)
+            for key, value in given.items()
+        }
         with self.inference(), _Reader() as reader:
             if required:
                 rows = {
                     key: value[:1].expand(n, *value.shape[1:])
                     for key, value in self._on_device(like, self.model).items()
                 }
-                poutine.uncondition(self.model)(**rows | given)
+                poutine.uncondition(self.model)(**rows | fixed)
                 sites = [site for site in reader.sites.values() if site["infer"].get("was_observed")]
             else:
                 with pyro.plate(self.plate_name, n, dim=-1):
-                    value = self.model(**given)
+                    value = self.model(**fixed)
                 if value is not None and not mean:
                     return value
                 sites = [site for site in reader.sites.values() if site["value"] is value]
@@ -134,6 +143,25 @@ class LatentModel(nn.Module):
             poutine.condition(self.model, data=values)(**batch)
         sites = [site for name, site in reader.sites.items() if site["is_observed"] and name not in values]
         return _data_value(sites, mean=True)
+
+    def predict(self, x: Any) -> Tensor:
+        """q(y | x), the guide's probability of each class, `(N, C)`.
+
+        Args:
+            x: data `(N, D)`, a batch or a `Data`; labels among them are not looked at.
+
+        Raises:
+            ValueError: for a program without a label.
+        """
+        batch = {key: value for key, value in as_batch(x, "x").items() if key != self.label}
+        with self.inference(), pyro.validation_enabled(False):
+            site = site_of(self.guide, self.label, self._on_device(batch, self.guide))
+            label = None if site is None else Label.of(site)
+            if site is None or label is None:
+                raise ValueError(
+                    f"Expected a program with a label {self.label!r}; got {type(self).__name__}, whose guide draws none"
+                )
+            return label.log_prob(site["fn"]).exp()
 
     def _on_device(self, x: Any, *functions: Callable[..., Any]) -> Batch:
         device = next((p.device for p in self.parameters()), None)
@@ -243,7 +271,9 @@ class _Reader(Messenger):
             mean = msg["fn"].mean
         except NotImplementedError:  # a flow's mean has no closed form: it is drawn
             return
-        msg["value"] = msg["fn"].mode if bool(mean.isnan().all()) else mean  # classes have a mode and no mean
+        # that of a class is no class, or NaN
+        is_class = isinstance(msg["fn"], OneHotCategorical) or bool(mean.isnan().all())
+        msg["value"] = msg["fn"].mode if is_class else mean
         msg["done"] = True
 
     def _pyro_post_sample(self, msg: Any) -> None:
@@ -266,105 +296,3 @@ class ParamStatements(Messenger):
             store._constraints.setdefault(name, msg["kwargs"]["constraint"])
         elif name in self.initial:
             msg["args"] = (name, self.initial[name].detach())
-
-
-class FunctionProgram(LatentModel):
-    """A model and a guide that are plain functions: what `as_program` returns."""
-
-    def __init__(
-        self, model: Callable[..., Any], guide: Callable[..., Any], plate: str, params: Mapping[str, Tensor] | None
-    ):
-        super().__init__()
-        self.plate_name = plate
-        # a copy: the store itself has other contents while a program runs
-        self._initial = None if params is None else {name: value.detach().clone() for name, value in params.items()}
-        self.nets = nn.ModuleDict()
-        for role, function in (("model", model), ("guide", guide)):
-            for name, module in _modules_of(function):
-                while (name in self.nets and self.nets[name] is not module) or hasattr(nn.ModuleDict, name):
-                    name = f"{role}_{name}"
-                self.nets[name] = module
-        self.__dict__.update(model=model, guide=guide)
-
-
-def as_program(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    *,
-    plate: str = "data",
-    params: Mapping[str, Tensor] | None = None,
-) -> LatentModel:
-    """A `LatentModel` from two plain Pyro functions, which stay as they are.
-
-    Every network that the functions refer to (as a global, through a closure, a helper or a container, or as an
-    attribute of the object whose methods they are) and every `pyro.param` becomes part of the program: trained, saved,
-    moved and switched between train and eval. To keep a network fixed, set `requires_grad_(False)` on it. Networks are
-    shared with the functions, not copied; Pyro's global parameter store is neither read nor written.
-
-    Args:
-        model: called with a batch as keyword arguments.
-        guide: likewise.
-        plate: name of the functions' plate over the data.
-        params: values to begin from for names given to `pyro.param`; after training with `pyro.infer.SVI`,
-            `pyro.get_param_store()`.
-
-    Raises:
-        ValueError: for a model or guide that cannot be called.
-
-    Example:
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z = pyro.sample("z", pyro.distributions.Normal(0., 1.))
-        ...         pyro.sample("x", pyro.distributions.Normal(z, 1.), obs=x)
-        >>> def guide(x):
-        ...     scale = pyro.param("scale", torch.tensor(0.7), constraint=pyro.distributions.constraints.positive)
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("z", pyro.distributions.Normal(x / 2, scale))
-        >>> as_program(model, guide).encode(torch.tensor([2., 4.]))
-        tensor([1., 2.])
-    """
-    for name, function in (("model", model), ("guide", guide)):
-        if not callable(function):
-            raise ValueError(f"Expected {name} to be a function; got {type(function).__name__}")
-    return FunctionProgram(model, guide, plate, params)
-
-
-def _modules_of(function: Callable[..., Any]) -> Iterator[tuple[str, nn.Module]]:
-    """The networks that a function refers to, itself or through other functions, with its names for them."""
-    yield from _search("self", function, set())
-
-
-def _search(name: str, value: Any, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
-    if id(value) in seen or isinstance(value, type | types.ModuleType | Tensor | str | bytes):
-        return
-    seen.add(id(value))
-    if isinstance(value, nn.Module):
-        yield name, value
-        return
-    for key, part in _parts(value):
-        yield from _search(key, part, seen)
-
-
-def _parts(value: Any) -> Iterator[tuple[str, Any]]:
-    """What a function, a method, a handler around one, a container or an object refers to."""
-    if isinstance(value, functools.partial):
-        yield from _numbered([value.func, *value.args, *value.keywords.values()])
-    elif inspect.ismethod(value):
-        yield "self", value.__self__
-        yield "self", value.__func__
-    elif inspect.isfunction(value):
-        yield from inspect.getclosurevars(value).nonlocals.items()
-        used = {step.argval for step in dis.get_instructions(value) if step.opname == "LOAD_GLOBAL"}
-        yield from ((name, value.__globals__.get(name)) for name in sorted(used))
-    elif isinstance(value, dict):
-        yield from ((str(key), part) for key, part in value.items())
-    elif isinstance(value, list | tuple):
-        yield from _numbered(value)
-    elif not type(value).__module__.startswith(("builtins", "torch", "numpy")):
-        yield from getattr(value, "__dict__", {}).items()  # __wrapped__ among them
-        yield "call", getattr(type(value), "__call__", None)  # noqa: B004
-
-
-def _numbered(values: Iterable[Any]) -> Iterator[tuple[str, Any]]:
-    """Names for what has none."""
-    return ((f"part_{i}", value) for i, value in enumerate(values))

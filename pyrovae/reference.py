@@ -44,6 +44,11 @@ def log_full_normal(x: Tensor, eta: Tensor) -> Tensor:
     return log_standard_normal(full_normal_noise(x, eta)) - log_sigma.sum(-1)
 
 
+def log_one_hot(y: Tensor, logits: Tensor) -> Tensor:
+    """log p(y | eta) = sum_c y_c (l_c - log sum_d exp l_d) for one-hot y `(*, C)`, `(*)`."""
+    return (y * (logits - torch.logsumexp(logits, -1, keepdim=True))).sum(-1)
+
+
 LIKELIHOODS = {
     "Bernoulli": log_bernoulli,
     "UnitNormal": log_unit_normal,
@@ -145,6 +150,70 @@ def vae_elbo(
     z, log_q = POSTERIORS[posterior][0](eps, eta.expand(*eps.shape[:-1], -1))
     log_px_z = LIKELIHOODS[likelihood](x.expand(*eps.shape[:-1], -1), likelihood_net(z))
     return log_px_z + log_standard_normal(z) - log_q
+
+
+def labeled_elbo(
+    x: Tensor,
+    y: Tensor,
+    eps: Tensor,
+    *,
+    label_logits: Tensor,
+    posterior_net: Callable[[Tensor, Tensor], Tensor],
+    likelihood_net: Callable[[Tensor, Tensor], Tensor],
+    posterior: str = "DiagonalNormal",
+    likelihood: str = "Bernoulli",
+) -> Tensor:
+    """-L(x, y) = log p(x | y, z) + log p(y) + log p(z) - log q(z | x, y) at z = g(eps, x, y)  (Kingma et al. 2014, 6).
+
+    Args:
+        x: data `(N, X)`.
+        y: labels, one-hot, `(*, N, C)`.
+        eps: noise `(*, N, D)`.
+        label_logits: of p(y), `(C,)`.
+        posterior_net: x and y to the posterior's eta; one that ignores y makes the guide q(y | x) q(z | x).
+        likelihood_net: y and z to the likelihood's eta.
+        posterior: a key of `POSTERIORS`.
+        likelihood: a key of `LIKELIHOODS`.
+
+    Returns:
+        `(*, N)`.
+    """
+    eta = posterior_net(x, y)
+    z, log_q = POSTERIORS[posterior][0](eps, eta.expand(*eps.shape[:-1], -1))
+    log_px = LIKELIHOODS[likelihood](x, likelihood_net(y, z))
+    return log_px + log_one_hot(y, label_logits) + log_standard_normal(z) - log_q
+
+
+def unlabeled_elbo(labeled_elbos: Tensor, class_logits: Tensor) -> Tensor:
+    """-U(x) = sum_y q(y | x) (-L(x, y)) + H(q(y | x))  (Kingma et al. 2014, 7).
+
+    With a guide q(y | x) q(z | x) it is E[log p(x | y, z)] - KL(q(z | x) || p(z)) - KL(q(y | x) || p(y)), one z for
+    all classes in the place of the expectation.
+
+    Args:
+        labeled_elbos: -L(x, y) of every class `(C, N)`.
+        class_logits: of q(y | x), `(N, C)`.
+
+    Returns:
+        `(N,)`.
+    """
+    log_q = (class_logits - torch.logsumexp(class_logits, -1, keepdim=True)).T
+    return (torch.exp(log_q) * (labeled_elbos - log_q)).sum(0)
+
+
+def semi_supervised_objective(
+    labeled_elbos: Tensor, unlabeled_elbos: Tensor, y: Tensor, class_logits: Tensor, supervised_weight: float
+) -> Tensor:
+    """sum L + sum U + alpha mean[-log q(y | x)] over all data, to be minimised  (Kingma et al. 2014, 8, 9).
+
+    Args:
+        labeled_elbos: -L(x, y) of the labelled data, `(N_l,)`.
+        unlabeled_elbos: -U(x) of the others, `(N_u,)`.
+        y: labels, one-hot, `(N_l, C)`.
+        class_logits: of q(y | x) for the labelled data, `(N_l, C)`.
+        supervised_weight: alpha; the paper has 0.1 (N_l + N_u).
+    """
+    return -labeled_elbos.sum() - unlabeled_elbos.sum() - supervised_weight * log_one_hot(y, class_logits).mean()
 
 
 def importance_bound(log_w: Tensor) -> Tensor:

@@ -21,12 +21,18 @@ from pyrovae.data import Batch, Data, num_rows, stream
 from pyrovae.draws import Draws, evenly
 from pyrovae.objectives import CompiledLoss, accumulate
 from pyrovae.program import LatentModel, check_keys
+from pyrovae.supervision import SemiSupervisedELBO, Supervision, without
 from pyrovae.survey import Survey, draw
 
 History = list[dict[str, float]]
 SECONDS_BETWEEN_WRITES = 1.0  # so that writing costs short epochs no more than a few per cent
 MEASURED = 10_000  # training data whose ELBO is measured after each epoch
 MEASURING_SEED = 0  # the same noise each epoch, so that epochs differ by their weights alone
+
+
+def score(row: dict[str, float]) -> tuple[float, float]:
+    """What makes an epoch the best: fewest validation data misclassified, where they have labels, then their ELBO."""
+    return -row.get("val_error", 0.0), row["val_elbo"]
 
 
 class _Loss(nn.Module):
@@ -39,8 +45,8 @@ class _Loss(nn.Module):
         guide: Any = program.guide
         self.elbo = elbo(model, guide)
 
-    def forward(self, batch: Batch) -> Tensor:
-        return self.elbo(**batch)
+    def forward(self, arguments: dict[str, Any]) -> Tensor:
+        return self.elbo(**arguments)
 
 
 class Run:
@@ -49,6 +55,7 @@ class Run:
     Args:
         program: a `LatentModel`.
         train, val: `Data` or DataLoaders; `val` may be None.
+        labeled: labelled `Data` beside them, or None; `train` may then be None.
         elbo, optimizer: as for `fit`.
         rate: learning rate of each epoch.
         settings: all that a run to be resumed must share.
@@ -61,6 +68,7 @@ class Run:
         program: LatentModel,
         train: Any,
         val: Any,
+        labeled: Data | None,
         elbo: ELBO,
         optimizer: Callable[..., torch.optim.Optimizer],
         rate: Callable[[int], float],
@@ -73,10 +81,16 @@ class Run:
         self.fabric = Fabric(accelerator=device, devices=1)
         self.program = program.to(self.fabric.device)
         self.settings, self.folder, self.rate = settings, folder, rate
-        self.train, self.val = (
-            data.to(self.fabric.device) if isinstance(data, Data) else data for data in (train, val)
+        train, self.val, self.labeled = (
+            data.to(self.fabric.device) if isinstance(data, Data) else data for data in (train, val, labeled)
         )
+        self.train: Any = self.labeled if train is None else train
         self.survey = self._first_look()
+        self.supervision = None
+        if self.labeled is not None:
+            size, weight = settings["labeled_batch_size"], settings["supervised_weight"]
+            self.supervision = Supervision(program, self.labeled, settings["num_train"] or 0, size, weight)
+            elbo = SemiSupervisedELBO(elbo, self.supervision.label, self.survey.nesting, settings["labels"])
         parameters = [parameter for parameter in program.parameters() if parameter.requires_grad]
         if not parameters:
             raise ValueError(f"Expected a program with parameters to train; got none in {type(program).__name__}")
@@ -85,7 +99,15 @@ class Run:
             self.generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
         compile = settings["compile"]
         self.compiled = CompiledLoss(elbo, program.model, program.guide, compile) if compile is not False else None
-        self.draws = Draws(program, self.survey, compile)
+        hidden, shown = self.survey, None
+        if self.supervision is not None:
+            hidden, shown = self.supervision.hidden, self.supervision.survey
+        # what is measured after each epoch: validation labels are hidden from the ELBO
+        self.parts: dict[str, tuple[Any, Draws]] = {"train": (self.train, Draws(program, self.survey, compile))}
+        if self.labeled is not None and train is not None:
+            self.parts["labeled"] = self.labeled, Draws(program, shown or self.survey, compile)
+        if self.val is not None:
+            self.parts["val"] = self.val, Draws(program, hidden, compile)
         self.history: History = []
         self.best_epoch, self.best = 0, {}
         self.kept: dict[str, Any] | None = None
@@ -99,7 +121,7 @@ class Run:
             raise ValueError("Expected train to hold at least one datum; got an empty DataLoader")
         survey = Survey.of(self.program, first, "train")
         for name, data in (("train", self.train), ("val", self.val)):
-            if isinstance(data, Data) and not data.dynamic:
+            if isinstance(data, Data) and data.fixed:
                 check_keys(data.tensors, self.program.model, self.program.guide)
                 survey.check_support(data.tensors, name)
         return survey
@@ -113,7 +135,7 @@ class Run:
     def to_the_end(self, epochs: int, patience: int | None, progress: bool) -> None:
         """Train up to the last epoch, or until validation has not improved for `patience` epochs."""
         if not self.history:  # one draw for each datum: what is wrong with them shows before hours of training
-            for name in ("train", "val") if self.val is not None else ("train",):
+            for name in self.parts:
                 self._measure(name, limit=None)
         if self.folder is not None and not self.history:
             self._write_config()
@@ -150,34 +172,46 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(len(self.history) + 1)
         start, total, seen = time.perf_counter(), 0.0, 0
-        for batch in self._stream(self.train, "train", shuffle=self.generator):
-            total += self._step(batch)
-            seen += num_rows(batch)
+        batches = self._stream(self.train, "train", shuffle=self.generator)
+        for batch, arguments, num_data in self._steps_of(batches):
+            total += self._step(batch, arguments)
+            seen += num_data
             bar.update()
         row = {"epoch": len(self.history) + 1, "seconds": time.perf_counter() - start, "loss": total / seen}
         self._check_parameters()
-        row |= self._measure("train")
-        if self.val is not None:
-            row |= {f"val_{name}": value for name, value in self._measure("val").items()}
+        for part in self.parts:
+            prefix = "" if part == "train" else f"{part}_"
+            row |= {f"{prefix}{name}": value for name, value in self._measure(part).items()}
+        if self.supervision is not None:
+            row["cross_entropy"] = self.supervision.cross_entropy()
         self.history.append(row)
-        if self.val is not None and not (
-            self.best and self.history[self.best_epoch - 1]["val_elbo"] >= row["val_elbo"]
-        ):
+        if self.val is not None and not (self.best and score(self.history[self.best_epoch - 1]) >= score(row)):
             self.best_epoch = len(self.history)
             self.best = {name: value.clone() for name, value in self.program.state_dict().items()}
+        best = self.history[self.best_epoch - 1]
         shown = [f"ELBO {row['elbo']:.2f}"]
         if self.val is not None:
-            shown += [f"val {row['val_elbo']:.2f}", f"best {self.history[self.best_epoch - 1]['val_elbo']:.2f}"]
+            shown += [f"val {row['val_elbo']:.2f}"]
+            shown += [f"error {row['val_error']:.2%}"] if "val_error" in row else []
+            shown += [f"best {best['val_error']:.2%}" if "val_error" in best else f"best {best['val_elbo']:.2f}"]
         bar.set_postfix_str(", ".join(shown))
 
-    def _step(self, batch: Batch) -> float:
-        if not isinstance(self.train, Data) or self.train.dynamic:
+    def _steps_of(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, dict[str, Any], float]]:
+        """Each minibatch with the arguments of the loss, and how many data the step stands for."""
+        if self.supervision is None:
+            yield from ((batch, batch, num_rows(batch)) for batch in batches)
+            return
+        for arguments, num_data in self.supervision.joined(batches, self.generator):
+            yield arguments["unlabeled"] or arguments["labeled"], arguments, num_data
+
+    def _step(self, batch: Batch, arguments: dict[str, Any]) -> float:
+        if not isinstance(self.train, Data) or not self.train.fixed:
             self.survey.check_support(batch, "train")
         noise = torch.get_rng_state()
         self.optimizer.zero_grad()
         try:
             with networks_in(self.settings["precision"]):
-                loss, backward = self._loss(batch)
+                loss, backward = self._loss(arguments)
         except (RuntimeError, ValueError) as error:
             self._check_parameters(error)
             raise
@@ -193,12 +227,12 @@ class Run:
         self.optimizer.step()
         return value
 
-    def _loss(self, batch: Batch) -> tuple[Tensor, Callable[[], None]]:
+    def _loss(self, arguments: dict[str, Any]) -> tuple[Tensor, Callable[[], None]]:
         """The loss, and what gives the parameters their gradients."""
         if self.compiled is not None:
-            loss, variables, grads = self.compiled(**batch)
+            loss, variables, grads = self.compiled(**arguments)
             return loss, lambda: accumulate(variables, grads)
-        loss = self.loss(batch)
+        loss = self.loss(arguments)
         return loss, lambda: self.fabric.backward(loss)
 
     def _check_parameters(self, cause: Exception | None = None) -> None:
@@ -210,27 +244,33 @@ class Run:
         kept = "" if self.folder is None else f". The last good checkpoint is in {self.folder}"
         return f"Expected a finite loss; got {got} in epoch {len(self.history) + 1}: {where}{kept}"
 
-    def _measure(self, name: str, limit: int | None = MEASURED) -> dict[str, float]:
-        """ELBO, log p(x | z) and KL with one draw for each datum."""
-        data = self.val if name == "val" else self.train
-        sums, seen = torch.zeros(3, dtype=torch.float64), 0
+    def _measure(self, part: str, limit: int | None = MEASURED) -> dict[str, float]:
+        """ELBO, log p(x | z) and KL with one draw for each datum; of labelled validation data the error, too."""
+        data, draws = self.parts[part]
+        classes = 1 if draws.survey.label is None else len(draws.survey.label.values)
+        limit = None if limit is None else max(1, limit // classes)
+        sums, seen, wrong = torch.zeros(3, dtype=torch.float64), 0, None
         with self.program.inference(MEASURING_SEED):
-            if name == "train" and isinstance(data, Data) and limit is not None and len(data) > limit:
+            if part == "train" and isinstance(data, Data) and limit is not None and len(data) > limit:
                 data = data.rows(torch.randperm(len(data))[:limit].to(self.fabric.device))
-            for batch in self._stream(
-                data, name, evenly(len(data), self.draws.rows) if isinstance(data, Data) else None
-            ):
+            for batch in self._stream(data, part, evenly(len(data), draws.rows) if isinstance(data, Data) else None):
+                if part == "val" and draws.survey.label is not None and self.program.label in batch:
+                    if self.supervision is not None:
+                        wrong = (wrong or 0) + self.supervision.mistakes(batch, part)
+                    batch = without(self.program.label, batch)
                 check_keys(batch, self.program.model, self.program.guide)
-                self.survey.check_support(batch, name)
-                weights = self.draws(batch, 1, seen)
-                terms = weights.log_weights, weights.log_px_z, weights.kl
+                draws.survey.check_support(batch, part)
+                weights = draws(batch, 1, seen)
+                terms = weights.elbo, weights.log_px_z, weights.kl
                 sums += torch.stack([term.double().sum().cpu() for term in terms])
                 seen += num_rows(batch)
-                if name == "train" and seen >= (limit or MEASURED) and not (limit is None and isinstance(data, Data)):
+                if part == "train" and seen >= (limit or MEASURED) and not (limit is None and isinstance(data, Data)):
                     break
         if seen == 0:
-            raise ValueError(f"Expected {name} to hold at least one datum; got an empty DataLoader")
-        return dict(zip(("elbo", "log_px_z", "kl"), (sums / seen).tolist(), strict=True))
+            raise ValueError(f"Expected {part} to hold at least one datum; got an empty DataLoader")
+        names = "elbo", "log_px_z", "kl"
+        measured: dict[str, float] = dict(zip(names, (sums / seen).tolist(), strict=True))
+        return measured if wrong is None else {**measured, "error": wrong / seen}
 
     def _write_config(self) -> None:
         assert self.folder is not None

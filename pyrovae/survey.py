@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook
 
 from pyrovae.data import Batch, as_batch, check_finite, num_rows
+from pyrovae.labels import Fixed, Label
 from pyrovae.program import LatentModel, check_keys
 from pyrovae.traces import (
     Draw,
@@ -29,6 +30,7 @@ FIRST = 1000  # data, at most, on which a program first runs and makes its param
 def log_weights(program: LatentModel, batch: Any, num_particles: int) -> Tensor:
     """log w_k = log p(x, z_k) - log q(z_k | x), z_k ~ q(z | x), for each datum on its own.
 
+    A label that the batch does not show is not drawn but summed over: w_k = sum_y p(x, y, z_ky) / q(z_ky | x, y).
     Scales (subsampling, KL weights) are stripped, masks are kept. Gradients flow to model and guide.
 
     Args:
@@ -72,6 +74,7 @@ class Survey:
         width: numbers for each datum in the widest tensor that a network or a site makes.
         dim: number of observed values in a datum.
         supports: for each tensor of the batch that a site observes as it is, that site and its support.
+        label: the program's label, where the batch does not show it.
     """
 
     nesting: int
@@ -79,6 +82,12 @@ class Survey:
     width: int
     dim: int
     supports: dict[str, tuple[str, Any]]
+    label: Label | None
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers one draw for one datum makes in the widest tensor."""
+        return self.width * (1 if self.label is None else len(self.label.values))
 
     @staticmethod
     def of(program: LatentModel, batch: Batch, name: str = "data") -> "Survey":
@@ -115,6 +124,7 @@ class Survey:
                     and site["value"].shape == value.shape
                     and is_fixed(site["fn"].support)
                 },
+                label=Label.of(drawn.guide_sites[program.label]) if program.label in drawn.latents else None,
             )
             survey.check_support(two, name)
             if bool(torch.isnan(drawn.log_weights).any()):
@@ -131,20 +141,90 @@ class Survey:
             check_support(f"{name}[{key!r}]", batch[key], site, support)
 
 
-def draw(program: LatentModel, batch: Batch, num_particles: int, survey: Survey) -> Draw:
+class Enumerated:
+    """K draws for each of N data and each of C classes of a label, over which the classes are summed.
+
+    What `Draw` has, marginalised: with z_c the latents drawn for class y_c, and without sampling a class,
+
+        log w = log sum_c p(x, y_c, z_c) / q(z_c | x, y_c),  an unbiased estimate of p(x);
+        log p(x | z) and KL are the expectations under q(y | x), whose difference is the ELBO with q(y | x).
+
+    Args:
+        drawn: of C N data, class by class, the label fixed.
+        label: its name.
+        num_classes: C.
+    """
+
+    def __init__(self, drawn: Draw, label: str, num_classes: int):
+        self.drawn, self.label, self.num_classes = drawn, label, num_classes
+        log_q = drawn.guide[label]
+        self.log_q = self._split(log_q)
+        rest = Draw(**{**vars(drawn), "guide": {key: value for key, value in drawn.guide.items() if key != label}})
+        # log p(x, y_c, z_c) - log q(z_c | x, y_c), (K, C, N)
+        self.log_joint = self._split(rest.log_weights)
+        self.check_support, self.supported, self.first_bad = drawn.check_support, drawn.supported, drawn.first_bad
+
+    def _split(self, values: Tensor) -> Tensor:
+        return values.unflatten(1, (self.num_classes, -1))
+
+    def _expected(self, values: Tensor) -> Tensor:
+        """E_q(y | x) of values for each class, also where a class is impossible."""
+        q = self.log_q.exp()
+        return torch.where(q > 0, q * self._split(values), torch.zeros_like(q)).sum(1)
+
+    @property
+    def log_weights(self) -> Tensor:
+        """log sum_c p(x, y_c, z_c) / q(z_c | x, y_c), `(K, N)`."""
+        return self.log_joint.logsumexp(1)
+
+    @property
+    def log_px_z(self) -> Tensor:
+        """E_q(y | x) of log p(x | y, z), `(K, N)`."""
+        return self._expected(self.drawn.log_px_z)
+
+    @property
+    def kl(self) -> Tensor:
+        """E_q(y | x) of log q(y, z | x) - log p(y, z), `(K, N)`."""
+        return self._expected(self.drawn.kl)
+
+    def posterior_means(self) -> dict[str, Tensor]:
+        """E_q[z | x] of each of the guide's sites but the label, `(N, D)`."""
+        q = self.log_q.exp().mean(0).unsqueeze(-1)
+        means = {name: mean for name, mean in self.drawn.posterior_means().items() if name != self.label}
+        return {name: (q * mean.unflatten(0, (self.num_classes, -1))).sum(0) for name, mean in means.items()}
+
+
+def draw(program: LatentModel, batch: Batch, num_particles: int, survey: Survey) -> Draw | Enumerated:
     """Run guide and model once, K particles at a time; the caller has entered the program's scope.
 
     Raises:
         ValueError: where latents of model and guide differ, or a site lies outside the plate over the data.
     """
+    label = survey.label
+    if label is None:
+        return _draw(program, batch, num_particles, survey)
+    classes, n = len(label.values), num_rows(batch)
+    values = label.values.repeat_interleave(n, 0)
+    if num_particles > 1 and not survey.vectorized:
+        values = _repeated(values, num_particles)
+    with Fixed(label.name, values):
+        drawn = _draw(program, {k: _repeated(v, classes) for k, v in batch.items()}, num_particles, survey)
+    return Enumerated(drawn, label.name, classes)
+
+
+def _draw(program: LatentModel, batch: Batch, num_particles: int, survey: Survey) -> Draw:
     n = num_rows(batch)
     if num_particles == 1:
         return read(program, traced(program, batch), 1, n, survey.nesting)
     if survey.vectorized:
         traces = traced(program, batch, num_particles, survey.nesting)
         return read(program, traces, num_particles, n, survey.nesting + 1)
-    rows = {key: value.repeat(num_particles, *[1] * (value.dim() - 1)) for key, value in batch.items()}
+    rows = {key: _repeated(value, num_particles) for key, value in batch.items()}
     return read(program, traced(program, rows), num_particles, n, survey.nesting)
+
+
+def _repeated(value: Tensor, times: int) -> Tensor:
+    return value.repeat(times, *[1] * (value.dim() - 1))
 
 
 def _run_on(program: LatentModel, rows: Batch) -> Traces:

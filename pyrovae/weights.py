@@ -26,13 +26,14 @@ class WeightSums:
         # the largest weights carry the tail, and one more is its lower end
         self.tail = math.ceil(min(num_particles / 5, 3 * math.sqrt(num_particles)))
 
-    def add(self, log_w: Tensor) -> None:
-        """Take in the log-weights `(k, N)` of k more particles."""
+    def add(self, log_w: Tensor, elbo: Tensor | None = None) -> None:
+        """Take in the log-weights `(k, N)` of k more particles, and their ELBOs where they are not the same."""
         log_w = log_w.double()
+        elbo = log_w if elbo is None else elbo.double()
         if self.seen == 0:
             # sums of w and w^2 as multiples of exp(shift) and its square
             self.shift = log_w.new_full(log_w.shape[1:], -torch.inf)
-            self.sum = self.sum_squares = self.sum_of_logs = log_w.new_zeros(log_w.shape[1:])
+            self.sum = self.sum_squares = self.sum_of_elbos = log_w.new_zeros(log_w.shape[1:])
             self.largest = log_w[:0]
         self.seen += len(log_w)
         shift = torch.maximum(self.shift, log_w.amax(0))
@@ -40,7 +41,7 @@ class WeightSums:
         self.shift = shift
         self.sum = self.sum * old + new.sum(0)
         self.sum_squares = self.sum_squares * old**2 + (new**2).sum(0)
-        self.sum_of_logs = self.sum_of_logs + log_w.sum(0)
+        self.sum_of_elbos = self.sum_of_elbos + elbo.sum(0)
         candidates = torch.cat([self.largest, log_w])
         self.largest = candidates.topk(min(self.tail + 1, len(candidates)), 0).values
 
@@ -49,8 +50,8 @@ class WeightSums:
         return self.sum.log() + self.shift - math.log(self.seen)
 
     def elbo(self) -> Tensor:
-        """(1/K) sum_k log w_k, `(N,)`."""
-        return self.sum_of_logs / self.seen
+        """(1/K) sum_k log w_k, or the mean of the ELBOs that were given, `(N,)`."""
+        return self.sum_of_elbos / self.seen
 
     def ess(self) -> Tensor:
         """(sum w)^2 / sum w^2, `(N,)`."""

@@ -1,4 +1,5 @@
 """One file for one graph."""
 
+from pyrovae.models.semisupervised import SemiSupervisedVAE as SemiSupervisedVAE
 from pyrovae.models.vae import VAE as VAE
 from pyrovae.models.vae import LinearGaussian as LinearGaussian

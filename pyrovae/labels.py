@@ -1,0 +1,84 @@
+"""A label: a discrete latent of a program that some of the data show."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Label:
+    """A latent site with finitely many values.
+
+    Attributes:
+        name: of the site, and of the argument of model and guide by which it is observed.
+        values: each class as the site has it, `(C, ...)`: numbers, or one-hot vectors.
+    """
+
+    name: str
+    values: Tensor
+
+    @staticmethod
+    def of(site: Any) -> "Label | None":
+        """That of a sample site; None where its values cannot be enumerated."""
+        if not site["fn"].has_enumerate_support:
+            return None
+        try:
+            values = site["fn"].enumerate_support(expand=False)
+        except NotImplementedError:  # several variables in one site
+            return None
+        return Label(site["name"], values.reshape(len(values), *site["fn"].event_shape))
+
+    def log_prob(self, fn: Any) -> Tensor:
+        """The log-probability of each class under a distribution of batch shape `(N,)`, `(N, C)`."""
+        values = self.values.reshape(len(self.values), *[1] * len(fn.batch_shape), *fn.event_shape)
+        return fn.log_prob(values.to(fn.logits if hasattr(fn, "logits") else values)).movedim(0, -1)
+
+    def classes_of(self, values: Tensor) -> Tensor:
+        """The numbers `(N,)` of the classes of a site's values `(N, ...)`; C for what is none."""
+        same = (values.unsqueeze(1) == self.values.to(values)).flatten(2).all(-1)
+        return torch.where(same.any(1), same.int().argmax(1), len(self.values))
+
+
+class Fixed(Messenger):
+    """Gives a latent site this value `(N, ...)`, for all particles; it stays a latent site."""
+
+    def __init__(self, name: str, value: Tensor):
+        super().__init__()
+        self.name, self.value = name, value
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] == self.name and not msg["is_observed"]:
+            msg["value"] = self.value.expand(msg["fn"].shape())
+            msg["done"] = True
+
+
+class _Until(Messenger):
+    """Ends a program once it has passed a sample site."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.name = name
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["name"] == self.name:
+            raise _Passed(msg)
+
+
+class _Passed(Exception):
+    def __init__(self, site: Any):
+        super().__init__()
+        self.site = site
+
+
+def site_of(function: Callable[..., Any], name: str, batch: dict[str, Tensor]) -> Any:
+    """The sample site of that name, as a program has it up to which it then runs; None where there is none."""
+    try:
+        with _Until(name):
+            function(**batch)
+    except _Passed as passed:
+        return passed.site
+    return None
