@@ -6,12 +6,13 @@ from pyrovae import plots as plots
 from pyrovae import reference as reference
 from pyrovae.checkpoint import load as load
 from pyrovae.checkpoint import save as save
+from pyrovae.compare import Comparison as Comparison
+from pyrovae.compare import compare as compare
 from pyrovae.compiled import Compiled as Compiled
 from pyrovae.compiled import CompileError as CompileError
 from pyrovae.conditionals import one_hot as one_hot
-from pyrovae.evaluate import Comparison as Comparison
 from pyrovae.evaluate import Evaluation as Evaluation
-from pyrovae.evaluate import compare as compare
+from pyrovae.evaluate import classify as classify
 from pyrovae.evaluate import evaluate as evaluate
 from pyrovae.fit import fit as fit
 from pyrovae.functions import as_program as as_program

@@ -13,8 +13,9 @@ import tyro
 
 from pyrovae import checkpoint, conditionals, models, plots, sources
 from pyrovae import data as data_sets
+from pyrovae.compare import compare
 from pyrovae.compiled import CompileError
-from pyrovae.evaluate import compare, evaluate
+from pyrovae.evaluate import evaluate
 from pyrovae.fit import fit
 from pyrovae.program import LatentModel
 

@@ -114,6 +114,25 @@ class MLP(nn.Module):
         _check_input(x, self.in_dim, self)
         return self.layers(x)
 
+    def joined(self, *parts: Tensor) -> Tensor:
+        """The output for an input given in parts `(*, D_i)`, broadcast against each other.
+
+        The first layer is applied to each part before it is broadcast: what is the same for all classes or particles
+        is multiplied once.
+        """
+        sizes = [part.shape[-1] for part in parts]
+        if sum(sizes) != self.in_dim:
+            raise ValueError(f"Expected parents of {self.in_dim} values in all; got {sizes}")
+        first = self.layers[0]
+        assert isinstance(first, nn.Linear)
+        weights = first.weight.split(sizes, 1)
+        out = first.bias
+        for part, weight in zip(parts, weights, strict=True):
+            out = out + part @ weight.T
+        for layer in list(self.layers)[1:]:
+            out = layer(out)
+        return out
+
 
 def _halvings(image_shape: Sequence[int], channels: Sequence[int]) -> list[tuple[int, int]]:
     """Heights and widths before and after each stride-2 convolution."""

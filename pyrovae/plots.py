@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pyrovae.compare import Comparison
 from pyrovae.data import as_batch
-from pyrovae.evaluate import Comparison
 from pyrovae.program import LatentModel
 
 if TYPE_CHECKING:

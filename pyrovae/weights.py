@@ -99,3 +99,8 @@ def pareto_k_hat(largest: Tensor) -> Tensor:
     k_hat = torch.where(underflown, torch.inf, k_hat)
     k_hat = torch.where(largest[0] > largest[-1], k_hat, torch.zeros_like(k_hat))
     return torch.where(largest[0] == -torch.inf, torch.nan, k_hat)
+
+
+def error_of_mean(values: Tensor) -> float:
+    """Standard error of the mean; NaN for a single datum."""
+    return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan

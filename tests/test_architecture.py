@@ -22,7 +22,7 @@ FLOORS = [
     ("survey",),
     ("models",),
     ("checkpoint", "objectives", "draws", "supervision"),
-    ("evaluate", "run"),
+    ("evaluate", "compare", "run"),
     ("fit", "plots"),
     ("cli",),
 ]

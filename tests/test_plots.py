@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from pyrovae import VAE, LinearGaussian, compare, fit, plots
+from pyrovae.compare import Bound, Comparison
 from pyrovae.conditionals import Bernoulli, DiagonalNormal, StandardNormal, UnitNormal
-from pyrovae.evaluate import Bound, Comparison
 
 mpl.use("Agg")
 

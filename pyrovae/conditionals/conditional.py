@@ -119,8 +119,11 @@ class Conditional(nn.Module, ABC):
         if not parents:
             return self.net()
         batch_shape = torch.broadcast_shapes(*(parent.shape[:-1] for parent in parents))
-        joined = torch.cat([parent.expand(*batch_shape, parent.shape[-1]) for parent in parents], -1)
         dtype = network_dtype()
-        with torch.autocast(joined.device.type, dtype, enabled=dtype is not None):
-            eta = self.net(joined.reshape(-1, joined.shape[-1]))
-        return eta.reshape(*batch_shape, -1).to(joined.dtype)
+        with torch.autocast(parents[0].device.type, dtype, enabled=dtype is not None):
+            if isinstance(self.net, MLP) and any(parent.shape[:-1] != batch_shape for parent in parents):
+                eta = self.net.joined(*parents)
+            else:
+                joined = torch.cat([parent.expand(*batch_shape, parent.shape[-1]) for parent in parents], -1)
+                eta = self.net(joined.reshape(-1, joined.shape[-1]))
+        return eta.reshape(*batch_shape, -1).to(parents[0].dtype)
