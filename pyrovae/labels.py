@@ -39,8 +39,9 @@ class Label:
 
     def classes_of(self, values: Tensor) -> Tensor:
         """The numbers `(N,)` of the classes of a site's values `(N, ...)`; C for what is none."""
-        same = (values.unsqueeze(1) == self.values.to(values)).flatten(2).all(-1)
-        return torch.where(same.any(1), same.int().argmax(1), len(self.values))
+        classes = len(self.values)
+        same = (values.unsqueeze(1) == self.values.to(values)).reshape(len(values), classes, -1).all(-1)
+        return torch.where(same.any(1), same.int().argmax(1), classes)
 
 
 class Fixed(Messenger):

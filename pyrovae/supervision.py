@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from copy import copy
 from typing import Any, Literal
 
+import pyro
 import pyro.poutine as poutine
 import torch
 from pyro.infer import ELBO, TraceEnum_ELBO
@@ -124,7 +125,6 @@ class Supervision:
                 f"got {type(program).__name__}, whose guide draws none"
             )
         self.label = self.hidden.label
-        self.survey = Survey.of(program, first, "labeled")
         present = self.classes(first, "labeled").unique()
         absent = [c for c in range(len(self.label.values)) if c not in present]
         if absent:
@@ -133,6 +133,7 @@ class Supervision:
                 f"{', '.join(map(str, absent))} of {len(self.label.values)}",
                 stacklevel=5,
             )
+        self.survey = Survey.of(program, first, "labeled")
 
     def classes(self, batch: Batch, name: str) -> Tensor:
         """The numbers of the classes that data show, `(N,)`.
@@ -140,9 +141,16 @@ class Supervision:
         Raises:
             ValueError: for a label that is none of the classes.
         """
-        with torch.random.fork_rng(), self.program.inference():
-            site = site_of(self.program.model, self.label.name, batch)
-        found = self.label.classes_of(site["value"])
+        with torch.random.fork_rng(), self.program.inference(), pyro.validation_enabled(False):
+            value = site_of(self.program.model, self.label.name, batch)["value"]
+        event = tuple(self.label.values.shape[1:])
+        if value.shape != (num_rows(batch), *event):
+            kind = f"one-hot vectors (N, {event[0]})" if event else "integers (N,)"
+            raise ValueError(
+                f"Expected {name}[{self.label.name!r}] as site {self.label.name!r} has its classes, {kind}; "
+                f"got shape {tuple(value.shape)}"
+            )
+        found = self.label.classes_of(value)
         wrong = (found == len(self.label.values)).nonzero()
         if len(wrong):
             index = int(wrong[0])

@@ -84,7 +84,9 @@ def public_classes(module, base):
 
 
 def test_every_public_conditional_and_model_is_in_the_zoo():
-    in_zoo = {type(make()) for make in zoo.CONDITIONALS.values()} | {type(e.make()) for e in zoo.PROGRAMS.values()}
+    in_zoo = {type(make()) for make in zoo.CONDITIONALS.values()} | {
+        type(e.make()) for e in (zoo.PROGRAMS | zoo.LABELED).values()
+    }
     missing = (public_classes(conditionals, conditionals.Conditional) | public_classes(models, LatentModel)) - in_zoo
     assert not missing, f"add to tests/zoo.py: {missing}"
 

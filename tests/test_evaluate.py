@@ -166,7 +166,9 @@ def test_bfloat16_is_for_networks_alone_and_close_to_float32(monkeypatch, compil
 def test_exactly_the_requested_number_of_particles(monkeypatch):
     counted = []
     monkeypatch.setattr(
-        WeightSums, "add", lambda self, log_w, add=WeightSums.add: (counted.append(len(log_w)), add(self, log_w))[1]
+        WeightSums,
+        "add",
+        lambda self, log_w, elbo, add=WeightSums.add: (counted.append(len(log_w)), add(self, log_w, elbo))[1],
     )
     result = evaluate(wrong_guide(), torch.randn(3, 6), 103, chunk_size=10, batch_size=3, progress=False)
     assert sum(counted) == 103 == result.num_particles

@@ -6,8 +6,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyrovae import VAE, ConvDecoder, ConvEncoder, LatentModel, LinearGaussian
-from pyrovae.conditionals import Bernoulli, Conditional, DiagonalNormal, FullNormal, StandardNormal, UnitNormal
+from pyrovae import VAE, ConvDecoder, ConvEncoder, LatentModel, LinearGaussian, SemiSupervisedVAE
+from pyrovae.conditionals import (
+    Bernoulli,
+    Conditional,
+    DiagonalNormal,
+    FullNormal,
+    OneHotCategorical,
+    StandardNormal,
+    UnitNormal,
+)
 
 CONDITIONALS: dict[str, Callable[[], Conditional]] = {
     "StandardNormal": lambda: StandardNormal(3),
@@ -15,6 +23,8 @@ CONDITIONALS: dict[str, Callable[[], Conditional]] = {
     "UnitNormal": lambda: UnitNormal.mlp(4, 3, hidden=(5,)),
     "FullNormal": lambda: FullNormal.mlp(4, 3, hidden=(5,)),
     "Bernoulli": lambda: Bernoulli.mlp(4, 3, hidden=(5,)),
+    "OneHotCategorical": lambda: OneHotCategorical.mlp(4, 3, hidden=(5,)),
+    "OneHotCategorical uniform": lambda: OneHotCategorical.uniform(3),
 }
 POSTERIORS = (DiagonalNormal, UnitNormal, FullNormal)
 LIKELIHOODS = (Bernoulli, UnitNormal, DiagonalNormal, FullNormal)
@@ -54,4 +64,20 @@ PROGRAMS: dict[str, Entry] = {
     ),
     "LinearGaussian exact": Entry(lambda: LinearGaussian(4, 2), 4, False),
     "LinearGaussian amortized": Entry(lambda: LinearGaussian(4, 2, DiagonalNormal.mlp(4, 2, hidden=())), 4, False),
+}
+
+
+def _m2(posterior: type[Conditional], likelihood: type[Conditional], factorized: bool) -> Entry:
+    make = lambda: SemiSupervisedVAE.mlp(  # noqa: E731
+        6, 3, 2, (8,), likelihood=likelihood, posterior=posterior, factorized=factorized
+    )
+    return Entry(make, 6, likelihood is Bernoulli)
+
+
+# three classes, which some of the data show
+LABELED: dict[str, Entry] = {
+    "M2": _m2(DiagonalNormal, Bernoulli, False),
+    "M2 factorized": _m2(DiagonalNormal, Bernoulli, True),
+    "M2 FullNormal": _m2(FullNormal, UnitNormal, False),
+    "M2 factorized UnitNormal": _m2(UnitNormal, DiagonalNormal, True),
 }
