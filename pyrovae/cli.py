@@ -18,6 +18,7 @@ from pyrovae.compiled import CompileError
 from pyrovae.evaluate import evaluate
 from pyrovae.fit import fit
 from pyrovae.program import LatentModel
+from pyrovae.run import score
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,6 +36,8 @@ MAY_CHANGE = ("epochs", "patience", "device", "num_particles", "resume", "out") 
 class Train:
     """Train a variational autoencoder, then draw its pictures and measure its log-likelihood on the test data."""
 
+    model: Literal["vae", "m2"] = "vae"
+    """vae, or m2: with a label that only some of the data have (Kingma et al. 2014)."""
     data: str = "digits"
     """digits, mnist, fashion-mnist, binarized-mnist, frey-faces, or a .npy or .npz file."""
     binarize: Literal["auto", "none", "dynamic", "static", "threshold"] = "auto"
@@ -43,6 +46,10 @@ class Train:
     """Covariance of q(z | x)."""
     likelihood: Literal["bernoulli", "unit-normal", "normal"] = "bernoulli"
     """Family of p(x | z)."""
+    labels: int = 100
+    """m2: how many training data keep their label, equally many of each class."""
+    supervised_weight: float | None = None
+    """m2: weight of the classification term; by default 0.1 times the number of training data."""
     z_dim: int = 20
     """Number of latents."""
     hidden: tuple[int, ...] = (200, 200)
@@ -181,24 +188,27 @@ def _train(command: Train) -> None:
     if not command.resume:
         _record(command, splits, folder)
     torch.manual_seed(command.seed)
-    program = models.VAE.mlp(
-        splits.train["x"].shape[1],
-        command.z_dim,
-        command.hidden,
-        likelihood=LIKELIHOODS[command.likelihood],
-        posterior=POSTERIORS[command.posterior],
-    )
+    families = {"likelihood": LIKELIHOODS[command.likelihood], "posterior": POSTERIORS[command.posterior]}
+    x_dim, supervision, train, val = splits.train["x"].shape[1], {}, splits.train.select("x"), splits.val.select("x")
+    if command.model == "m2":
+        classes = int(splits.train["y"].max()) + 1
+        labeled, train = data_sets.split_labels(splits.train, command.labels // classes, command.seed)
+        supervision, val = {"labeled": labeled, "supervised_weight": command.supervised_weight}, splits.val
+        program = models.SemiSupervisedVAE.mlp(x_dim, classes, command.z_dim, command.hidden, **families)
+    else:
+        program = models.VAE.mlp(x_dim, command.z_dim, command.hidden, **families)
     program.likelihood.start_at(splits.train["x"].mean(0))
     print(
         f"{command.data}: {len(splits.train)} training, {len(splits.val)} validation, {len(splits.test)} test data of "
         f"{splits.train['x'].shape[1]} values, binarization {splits.binarize}\n"
-        f"VAE with {sum(p.numel() for p in program.parameters()):,} parameters, {command.posterior} posterior, "
-        f"{command.likelihood} likelihood; writing to {folder}"
+        f"{type(program).__name__} with {sum(p.numel() for p in program.parameters()):,} parameters, "
+        f"{command.posterior} posterior, {command.likelihood} likelihood; writing to {folder}"
     )
     history = fit(
         program,
-        splits.train.select("x"),
-        splits.val.select("x"),
+        train,
+        val,
+        **supervision,
         epochs=command.epochs,
         batch_size=command.batch_size,
         lr=_rate(command),
@@ -212,17 +222,21 @@ def _train(command: Train) -> None:
         compile=command.compile,
     )
     _record(command, splits, folder)
-    best = max(history, key=lambda row: row["val_elbo"])
+    best = max(history, key=score)
     seconds = sum(row["seconds"] for row in history)
-    print(f"best epoch {best['epoch']} of {len(history)}, validation ELBO {best['val_elbo']:.3f}, {seconds:.0f} s\n")
+    error = f", error {best['val_error']:.2%}" if "val_error" in best else ""
+    found = f"validation ELBO {best['val_elbo']:.3f}{error}"
+    print(f"best epoch {best['epoch']} of {len(history)}, {found}, {seconds:.0f} s\n")
     pictures = {
         "learning_curves": plots.learning_curves(history),
         "samples": plots.samples(program, 64, splits.shape),
         "reconstructions": plots.reconstructions(
             program, splits.test["x"][_spread(len(splits.test), 10)], splits.shape
         ),
-        "latent_space": plots.latent_space(program, splits.test["x"], splits.test.tensors.get("y")),
+        "latent_space": plots.latent_space(program, splits.test["x"], splits.test.tensors.get("y"), site="z"),
     }
+    if command.model == "m2":
+        pictures["analogies"] = plots.analogies(program, splits.test.rows(_spread(len(splits.test), 10)), splits.shape)
     for name, figure in pictures.items():
         _draw(figure, folder / f"{name}.png")
     _evaluate(Evaluate(folder, command.num_particles, compile=command.compile), program)
@@ -242,10 +256,24 @@ def _evaluate(command: Evaluate, program: LatentModel | None = None) -> None:
         precision=command.precision,
         compile=command.compile,
     )
+    error = _test_error(program, getattr(splits, command.part))
     per_datum = {name: getattr(result, name).tolist() for name in ("log_px", "elbo", "standard_error", "ess", "k_hat")}
-    content = {"part": command.part, "seed": command.seed, **result.summary(), "per_datum": per_datum}
+    content = {"part": command.part, "seed": command.seed, **result.summary(), **error, "per_datum": per_datum}
     checkpoint.write_json(command.run / "evaluation.json", content)
-    print(f"{result}\nwritten to {command.run / 'evaluation.json'}\n")
+    print(result)
+    if error:
+        print(
+            f"misclassified {error['error']:10.2%} ± {error['error_error']:.2%} by the likeliest class under q(y | x)"
+        )
+    print(f"written to {command.run / 'evaluation.json'}\n")
+
+
+def _test_error(program: LatentModel, data: data_sets.Data) -> dict[str, float]:
+    """The share of data that a program with a label misclassifies, with its standard error."""
+    if not isinstance(program, models.SemiSupervisedVAE):
+        return {}
+    share = (program.predict(data).argmax(1) != data["y"]).double().mean().item()
+    return {"error": share, "error_error": (share * (1 - share) / len(data)) ** 0.5}
 
 
 def _compare(command: Compare, program: LatentModel | None = None) -> None:
@@ -308,7 +336,9 @@ def _splits(command: Train) -> data_sets.Splits:
     if binarize == "auto":
         grey = command.likelihood == "bernoulli" and command.data != "binarized-mnist"
         binarize = "dynamic" if grey else "none"
-    return data_sets.load(command.data, binarize, labels=command.data in sources.LABELLED, seed=command.seed)
+    return data_sets.load(
+        command.data, binarize, labels=command.model == "m2" or command.data in sources.LABELLED, seed=command.seed
+    )
 
 
 def _check_sizes(command: Train) -> None:
@@ -316,6 +346,7 @@ def _check_sizes(command: Train) -> None:
         "z-dim": (command.z_dim,),
         "hidden": command.hidden,
         "num-particles": (command.num_particles,),
+        "labels": (command.labels,),
     }.items():
         if min(sizes, default=1) < 1:
             raise ValueError(f"Expected --{name} to be positive; got {min(sizes)}")

@@ -76,7 +76,7 @@ class _Passed(Exception):
 
 
 def site_of(function: Callable[..., Any], name: str, batch: dict[str, Tensor]) -> Any:
-    """The sample site of that name, as a program has it up to which it then runs; None where there is none."""
+    """The sample site of that name, up to which the program runs; None where there is none."""
     try:
         with _Until(name):
             function(**batch)

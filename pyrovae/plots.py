@@ -12,6 +12,7 @@ from torch import Tensor
 from pyrovae.compare import Comparison
 from pyrovae.data import as_batch
 from pyrovae.program import LatentModel
+from pyrovae.run import score
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,6 +61,29 @@ def reconstructions(program: LatentModel, x: Any, shape: Sequence[int] | None = 
     return figure
 
 
+def analogies(program: LatentModel, x: Any, shape: Sequence[int] | None = None, *, n: int = 10) -> Figure:
+    """The first n data at the left, and in each row its style in every class (Kingma et al. 2014, figure 1).
+
+    Args:
+        program: a `LatentModel` with a label.
+        x: data `(N, D)`, a batch or a `Data`.
+        shape: (channels, height, width) of an image; None draws each datum as a row of a matrix.
+        n: how many.
+    """
+    batch = {key: value[:n] for key, value in as_batch(x, "x").items()}
+    means = program.analogies(batch)
+    originals = batch["x"] if "x" in batch else next(iter(batch.values()))
+    rows = torch.cat([originals.to(means).unsqueeze(1), means], 1)
+    if not _is_image(shape):
+        figure, axes = _figure(7, 3)
+        _show(axes, rows.flatten(1))
+    else:
+        figure, axes = _figure(5, 5 * len(rows) / rows.shape[1] + 0.4)
+        _show(axes, _grid(rows.flatten(0, 1), shape, rows.shape[1]))
+    axes.set_title("data (left), and their style in every class")
+    return figure
+
+
 def latent_space(program: LatentModel, x: Any, y: Tensor | None = None, *, site: str | None = None) -> Figure:
     """Posterior means of the data in the plane: as they are for two latents, else their two principal components.
 
@@ -90,7 +114,7 @@ def latent_space(program: LatentModel, x: Any, y: Tensor | None = None, *, site:
 
 
 def learning_curves(history: list[dict[str, float]]) -> Figure:
-    """ELBO, log p(x | z) and KL after each epoch, on training and validation data.
+    """ELBO, log p(x | z) and KL after each epoch, on training and validation data, and the error where there is one.
 
     Args:
         history: as `fit` returns it.
@@ -101,17 +125,21 @@ def learning_curves(history: list[dict[str, float]]) -> Figure:
     if not history:
         raise ValueError("Expected a history of at least one epoch; got an empty one")
     epochs = [row["epoch"] for row in history]
-    figure, panels = _figure(9, 3, columns=3)
+    figure, panels = _figure(12 if "val_error" in history[0] else 9, 3, columns=4 if "val_error" in history[0] else 3)
     titles = {"elbo": "ELBO", "log_px_z": "log p(x | z)", "kl": "KL(q(z | x) || p(z))"}
-    for axes, (name, title) in zip(panels, titles.items(), strict=True):
+    for axes, (name, title) in zip(panels, titles.items(), strict=False):
         axes.plot(epochs, [row[name] for row in history], color=COLORS[0], label="training")
         if f"val_{name}" in history[0]:
             axes.plot(epochs, [row[f"val_{name}"] for row in history], color=COLORS[1], label="validation")
         axes.set(title=title, xlabel="epoch")
     panels[0].set_ylabel("nats per datum")
     if "val_elbo" in history[0]:
-        best = max(history, key=lambda row: row["val_elbo"])
+        best = max(history, key=score)
         panels[0].plot(best["epoch"], best["val_elbo"], "o", color=COLORS[1], label="best")
+    if "val_error" in history[0]:
+        panels[3].plot(epochs, [100 * row["val_error"] for row in history], color=COLORS[1])
+        panels[3].plot(best["epoch"], 100 * best["val_error"], "o", color=COLORS[1])
+        panels[3].set(title="misclassified, validation", xlabel="epoch", ylabel="%", ylim=(0, None))
     panels[0].legend(loc="lower right")
     return figure
 

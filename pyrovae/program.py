@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import OneHotCategorical
 
 from pyrovae.data import Batch, as_batch
-from pyrovae.labels import Label, site_of
+from pyrovae.labels import Fixed, Label, site_of
 
 _DOT = "%2E"  # torch forbids "." in a parameter's name; Pyro's names have it
 
@@ -144,6 +144,33 @@ class LatentModel(nn.Module):
         sites = [site for name, site in reader.sites.items() if site["is_observed"] and name not in values]
         return _data_value(sites, mean=True)
 
+    def analogies(self, x: Any) -> Tensor:
+        """E[x | y, z] for every class y, each datum's z at its posterior mean: one style, all classes; `(N, C, D)`.
+
+        Args:
+            x: data `(N, D)`, a batch or a `Data`; z is that of the label where one is given, else of the likeliest.
+
+        Raises:
+            ValueError: for a program without a label.
+        """
+        batch = self._on_device(x, self.model, self.guide)
+        hidden = {key: value for key, value in batch.items() if key != self.label}
+        with self.inference(), pyro.validation_enabled(False):
+            label = self._label_of(hidden)
+            own = label.values[self.predict(hidden).argmax(1)]
+            if self.label in batch:
+                own = site_of(self.model, self.label, batch)["value"]
+            with Fixed(self.label, own), _Reader(means=True) as latents:
+                self.guide(**hidden)
+            values = {name: site["value"] for name, site in latents.sites.items() if name != self.label}
+            means = []
+            for value in label.values:
+                with Fixed(self.label, value), _Reader() as reader:
+                    poutine.condition(self.model, data=values)(**hidden)
+                sites = [site for name, site in reader.sites.items() if site["is_observed"] and name not in values]
+                means.append(_data_value(sites, mean=True))
+        return torch.stack(means, 1)
+
     def predict(self, x: Any) -> Tensor:
         """q(y | x), the guide's probability of each class, `(N, C)`.
 
@@ -155,13 +182,18 @@ class LatentModel(nn.Module):
         """
         batch = {key: value for key, value in as_batch(x, "x").items() if key != self.label}
         with self.inference(), pyro.validation_enabled(False):
-            site = site_of(self.guide, self.label, self._on_device(batch, self.guide))
-            label = None if site is None else Label.of(site)
-            if site is None or label is None:
-                raise ValueError(
-                    f"Expected a program with a label {self.label!r}; got {type(self).__name__}, whose guide draws none"
-                )
-            return label.log_prob(site["fn"]).exp()
+            batch = self._on_device(batch, self.guide)
+            label = self._label_of(batch)
+            return label.log_prob(site_of(self.guide, self.label, batch)["fn"]).exp()
+
+    def _label_of(self, batch: Batch) -> Label:
+        site = site_of(self.guide, self.label, batch)
+        label = None if site is None else Label.of(site)
+        if label is None:
+            raise ValueError(
+                f"Expected a program with a label {self.label!r}; got {type(self).__name__}, whose guide draws none"
+            )
+        return label
 
     def _on_device(self, x: Any, *functions: Callable[..., Any]) -> Batch:
         device = next((p.device for p in self.parameters()), None)

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from pyrovae import reference
-from pyrovae.conditionals import Bernoulli, Conditional, DiagonalNormal, FullNormal, StandardNormal, UnitNormal
+from pyrovae.conditionals import (
+    Bernoulli,
+    Conditional,
+    DiagonalNormal,
+    FullNormal,
+    OneHotCategorical,
+    StandardNormal,
+    UnitNormal,
+    one_hot,
+)
 
 DIM = 4
 FAMILIES = {
@@ -290,3 +299,31 @@ def test_training_starts_at_the_mean_that_is_given(family):
 def test_a_bernoulli_starts_within_reach_of_its_gradients():
     logits = Bernoulli.mlp(4, 2).start_at(torch.tensor([0.0, 1.0])).eta(torch.zeros(4))
     torch.testing.assert_close(logits.sigmoid(), torch.tensor([0.001, 0.999]))
+
+
+@families
+def test_scales_and_correlations_begin_at_one_and_zero_whatever_the_parents(family):
+    eta = family.mlp(3, DIM, hidden=(6,), activation="softplus").eta(100 * torch.randn(5, 3))
+    assert eta[:, :DIM].abs().min() > 0
+    assert torch.equal(eta[:, DIM:], torch.zeros(5, family.eta_dim(DIM) - DIM))
+
+
+def test_one_hot_vectors_against_the_hand_written_density():
+    eta, y = normal(5, DIM), torch.eye(DIM, dtype=torch.float64)[[0, 3, 1, 1, 2]]
+    assert_same(OneHotCategorical.mlp(3, DIM, hidden=(6,)).distribution(eta).log_prob(y), reference.log_one_hot(y, eta))
+    assert_same(
+        OneHotCategorical.uniform(DIM)().log_prob(y.float()).double(), torch.full((5,), -math.log(DIM)).double()
+    )
+    probabilities = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    start = OneHotCategorical.mlp(3, 4, ()).start_at(probabilities)
+    assert torch.allclose(start.distribution(start.net.layers[-1].bias).probs, probabilities)
+
+
+@pytest.mark.parametrize("y", [torch.zeros(3), torch.eye(3), torch.zeros(3, dtype=torch.bool)])
+def test_one_hot_refuses_what_is_no_integer(y):
+    with pytest.raises(ValueError, match="Expected labels that are integers"):
+        one_hot(y, 3)
+
+
+def test_one_hot_of_what_is_no_class_is_zero():
+    assert one_hot(torch.tensor([[1, 3], [-1, 0]]), 3).tolist() == [[[0, 1, 0], [0, 0, 0]], [[0, 0, 0], [1, 0, 0]]]

@@ -8,7 +8,7 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from pyrovae import VAE, LinearGaussian, compare, fit, plots
+from pyrovae import VAE, LinearGaussian, SemiSupervisedVAE, compare, fit, one_hot, plots
 from pyrovae.compare import Bound, Comparison
 from pyrovae.conditionals import Bernoulli, DiagonalNormal, StandardNormal, UnitNormal
 
@@ -273,3 +273,33 @@ def test_a_figure_can_be_kept(tmp_path):
     figure.savefig(tmp_path / "curves.png")
     height, width, _ = pyplot.imread(tmp_path / "curves.png").shape
     assert (width, height) == tuple(round(inches * figure.dpi) for inches in figure.get_size_inches()) == (900, 300)
+
+
+# --- labels ----------------------------------------------------------------------------------------
+
+
+def test_analogies_are_each_datum_and_its_style_in_every_class():
+    program = SemiSupervisedVAE.mlp(6, 3, 2, (4,))
+    x, y = (torch.rand(5, 6) < 0.5).float(), torch.tensor([2, 0, 1, 1, 0])
+    z = program.posterior(x, one_hot(y, 3)).mean
+    styles = [program.likelihood(one_hot(torch.full((5,), c), 3), z).mean for c in range(3)]
+    expected = torch.stack([x, *styles], 1).detach()
+    torch.testing.assert_close(program.analogies({"x": x, "y": y}), expected[:, 1:])
+    shown = pixels(plots.analogies(program, {"x": x, "y": y}, GREY, n=2))
+    assert np.allclose(shown, by_hand(as_image(expected[:2].flatten(0, 1), GREY), 4, 2), atol=1e-6)
+    rows = pixels(plots.analogies(program, {"x": x, "y": y}))
+    assert np.allclose(rows, expected.flatten(1).numpy(), atol=1e-6)
+    likeliest = program.predict(x).argmax(1)
+    torch.testing.assert_close(program.analogies(x), program.analogies({"x": x, "y": likeliest}))
+
+
+def test_the_error_has_a_panel_and_chooses_the_best_epoch():
+    history = [
+        {"epoch": i + 1, "elbo": -3.0, "log_px_z": -2.0, "kl": 1.0, "val_elbo": elbo, "val_log_px_z": -2.0,
+         "val_kl": 1.0, "val_error": error}
+        for i, (elbo, error) in enumerate([(-5.0, 0.2), (-4.0, 0.1), (-3.0, 0.3), (-4.5, 0.1)])
+    ]  # fmt: skip
+    figure = plots.learning_curves(history)
+    curve, dot = figure.axes[3].lines
+    assert curve.get_ydata() == pytest.approx([20, 10, 30, 10])
+    assert (dot.get_xdata()[0], dot.get_ydata()[0]) == (2, pytest.approx(10))

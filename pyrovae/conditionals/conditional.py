@@ -64,7 +64,10 @@ class Conditional(nn.Module, ABC):
     def mlp(
         cls, parents_dim: int, dim: int, hidden: Sequence[int] = (200, 200), activation: Activation = "tanh"
     ) -> Self:
-        """This family over a multi-layer perceptron.
+        """This family over a multi-layer perceptron, which gives the location first and then, at zero, all else.
+
+        Log scales and correlations begin at 0, whatever the parents: a Gaussian whose scale begins at random begins
+        with errors of millions of nats, which Adam's running mean of squares forgets only after thousands of steps.
 
         Args:
             parents_dim: the parents' sizes, summed.
@@ -72,7 +75,10 @@ class Conditional(nn.Module, ABC):
             hidden: units of each hidden layer.
             activation: after every hidden layer.
         """
-        return cls(MLP(parents_dim, cls.eta_dim(dim), hidden, activation))
+        net = MLP(parents_dim, cls.eta_dim(dim), hidden, activation)
+        weight = net.layers[-1].get_parameter("weight")
+        nn.init.zeros_(weight.data[dim:])
+        return cls(net)
 
     @staticmethod
     @abstractmethod
