@@ -158,3 +158,31 @@ def test_the_command_is_installed_and_seeds_nothing_outside():
     out = subprocess.run([sys.executable, "-m", "pyrovae.cli", "--help"], capture_output=True, text=True, check=True)
     assert all(verb in out.stdout for verb in ("train", "evaluate", "compare", "sample"))
     assert torch.initial_seed() == 0
+
+
+def test_m2_trains_on_few_labels_and_prints_its_error(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "m2"
+    run(monkeypatch, "train", "--model", "m2", "--labels", "20", *SMALL, "--out", folder)
+    out = capsys.readouterr().out
+    assert re.search(r"misclassified +\d+\.\d\d% ± \d+\.\d\d%", out)
+    assert "reference and Trace_ELBO, at the same latents, differ by at most" in out
+    assert (folder / "analogies.png").read_bytes()[:4] == b"\x89PNG"
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["program"]["class"], config["fit"]["num_labeled"]) == ("SemiSupervisedVAE", 20)
+    test = load_data("digits", "dynamic", labels=True).test
+    share = (load(folder).predict(test).argmax(1) != test["y"]).double().mean().item()
+    assert json.loads((folder / "evaluation.json").read_text())["error"] == pytest.approx(share)
+    run(monkeypatch, "train", "--out", folder, "--resume", "--epochs", "3")
+    assert len((folder / "metrics.csv").read_text().splitlines()) == 4
+
+
+def test_m2_needs_labels(monkeypatch, capsys, tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((30, 4), np.uint8))
+    for arguments, message in (
+        (["--data", tmp_path / "x.npy"], "a data set with labels"),
+        (["--labels", "0"], "--labels to be positive"),
+        (["--labels", "5"], "per_class to be at least 1"),
+    ):
+        with pytest.raises(SystemExit):
+            run(monkeypatch, "train", "--model", "m2", *arguments, "--out", tmp_path / "r")
+        assert message in capsys.readouterr().err
