@@ -179,25 +179,13 @@ def _stored(run: Path) -> Train:
 
 def _train(command: Train) -> None:
     """`pyrovae train`."""
-    import torch
-
     splits = _splits(command)
     _check_sizes(command)
+    program, data = _program(command, splits)
     folder = command.out or Path("runs") / f"{Path(command.data).stem}-{datetime.now():%Y%m%d-%H%M%S}"
     checkpoint.open_run(folder, command.resume)
     if not command.resume:
         _record(command, splits, folder)
-    torch.manual_seed(command.seed)
-    families = {"likelihood": LIKELIHOODS[command.likelihood], "posterior": POSTERIORS[command.posterior]}
-    x_dim, supervision, train, val = splits.train["x"].shape[1], {}, splits.train.select("x"), splits.val.select("x")
-    if command.model == "m2":
-        classes = int(splits.train["y"].max()) + 1
-        labeled, train = data_sets.split_labels(splits.train, command.labels // classes, command.seed)
-        supervision, val = {"labeled": labeled, "supervised_weight": command.supervised_weight}, splits.val
-        program = models.SemiSupervisedVAE.mlp(x_dim, classes, command.z_dim, command.hidden, **families)
-    else:
-        program = models.VAE.mlp(x_dim, command.z_dim, command.hidden, **families)
-    program.likelihood.start_at(splits.train["x"].mean(0))
     print(
         f"{command.data}: {len(splits.train)} training, {len(splits.val)} validation, {len(splits.test)} test data of "
         f"{splits.train['x'].shape[1]} values, binarization {splits.binarize}\n"
@@ -206,9 +194,7 @@ def _train(command: Train) -> None:
     )
     history = fit(
         program,
-        train,
-        val,
-        **supervision,
+        **data,
         epochs=command.epochs,
         batch_size=command.batch_size,
         lr=_rate(command),
@@ -227,21 +213,44 @@ def _train(command: Train) -> None:
     error = f", error {best['val_error']:.2%}" if "val_error" in best else ""
     found = f"validation ELBO {best['val_elbo']:.3f}{error}"
     print(f"best epoch {best['epoch']} of {len(history)}, {found}, {seconds:.0f} s\n")
-    pictures = {
-        "learning_curves": plots.learning_curves(history),
-        "samples": plots.samples(program, 64, splits.shape),
-        "reconstructions": plots.reconstructions(
-            program, splits.test["x"][_spread(len(splits.test), 10)], splits.shape
-        ),
-        "latent_space": plots.latent_space(program, splits.test["x"], splits.test.tensors.get("y"), site="z"),
-    }
-    if command.model == "m2":
-        pictures["analogies"] = plots.analogies(program, splits.test.rows(_spread(len(splits.test), 10)), splits.shape)
-    for name, figure in pictures.items():
+    for name, figure in _pictures(program, splits, history).items():
         _draw(figure, folder / f"{name}.png")
     _evaluate(Evaluate(folder, command.num_particles, compile=command.compile), program)
     ladder = tuple(k for k in Compare.num_particles if k < command.num_particles)
     _compare(Compare(folder, (*ladder, command.num_particles)), program)
+
+
+def _program(command: Train, splits: data_sets.Splits) -> tuple[LatentModel, dict[str, Any]]:
+    """The program at its first weights, and the data that `fit` takes for it."""
+    import torch
+
+    torch.manual_seed(command.seed)
+    x_dim = splits.train["x"].shape[1]
+    families = {"likelihood": LIKELIHOODS[command.likelihood], "posterior": POSTERIORS[command.posterior]}
+    if command.model == "m2":
+        classes = int(splits.train["y"].max()) + 1
+        labeled, train = data_sets.split_labels(splits.train, command.labels // classes, command.seed)
+        data = {"train": train, "val": splits.val, "labeled": labeled, "supervised_weight": command.supervised_weight}
+        program = models.SemiSupervisedVAE.mlp(x_dim, classes, command.z_dim, command.hidden, **families)
+    else:
+        data = {"train": splits.train.select("x"), "val": splits.val.select("x")}
+        program = models.VAE.mlp(x_dim, command.z_dim, command.hidden, **families)
+    program.likelihood.start_at(splits.train["x"].mean(0))
+    return program, data
+
+
+def _pictures(program: LatentModel, splits: data_sets.Splits, history: list[dict[str, float]]) -> dict[str, Figure]:
+    test, shape = splits.test, splits.shape
+    few = test.rows(_spread(len(test), 10))
+    pictures = {
+        "learning_curves": plots.learning_curves(history),
+        "samples": plots.samples(program, 64, shape),
+        "reconstructions": plots.reconstructions(program, few["x"], shape),
+        "latent_space": plots.latent_space(program, test["x"], test.tensors.get("y"), site="z"),
+    }
+    if isinstance(program, models.SemiSupervisedVAE):
+        pictures["analogies"] = plots.analogies(program, few, shape)
+    return pictures
 
 
 def _evaluate(command: Evaluate, program: LatentModel | None = None) -> None:

@@ -140,14 +140,11 @@ def fit(
         "compile": compile,
         "num_train": None if train is None else count(train),
         "num_val": None if val is None else count(val),
+        "num_labeled": None if labeled is None else count(labeled),
+        "supervised_weight": supervised_weight,
+        "labeled_batch_size": labeled_batch_size or batch_size,
+        "labels": labels,
     }
-    if labeled is not None:
-        settings |= {
-            "num_labeled": len(labeled),
-            "supervised_weight": supervised_weight,
-            "labeled_batch_size": labeled_batch_size or batch_size,
-            "labels": labels,
-        }
     folder = None if run_dir is None else Path(run_dir)
     saved = None if folder is None else checkpoint.open_run(folder, resume)
     with ExitStack() as stack:

@@ -99,15 +99,14 @@ class Run:
             self.generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
         compile = settings["compile"]
         self.compiled = CompiledLoss(elbo, program.model, program.guide, compile) if compile is not False else None
-        hidden, shown = self.survey, None
-        if self.supervision is not None:
-            hidden, shown = self.supervision.hidden, self.supervision.survey
         # what is measured after each epoch: validation labels are hidden from the ELBO
-        self.parts: dict[str, tuple[Any, Draws]] = {"train": (self.train, Draws(program, self.survey, compile))}
-        if self.labeled is not None and train is not None:
-            self.parts["labeled"] = self.labeled, Draws(program, shown or self.survey, compile)
+        hidden = Draws(program, self.survey if self.supervision is None else self.supervision.hidden, compile)
+        self.parts: dict[str, tuple[Any, Draws]] = {"train": (self.train, hidden)}
+        if self.supervision is not None:
+            shown = Draws(program, self.supervision.survey, compile)
+            self.parts["train" if train is None else "labeled"] = self.labeled, shown
         if self.val is not None:
-            self.parts["val"] = self.val, Draws(program, hidden, compile)
+            self.parts["val"] = self.val, hidden
         self.history: History = []
         self.best_epoch, self.best = 0, {}
         self.kept: dict[str, Any] | None = None
