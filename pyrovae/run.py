@@ -182,7 +182,7 @@ class Run:
             prefix = "" if part == "train" else f"{part}_"
             row |= {f"{prefix}{name}": value for name, value in self._measure(part).items()}
         if self.supervision is not None:
-            row["cross_entropy"] = self.supervision.cross_entropy()
+            row["cross_entropy"] = self.supervision.cross_entropy(MEASURING_SEED)
         self.history.append(row)
         if self.val is not None and not (self.best and score(self.history[self.best_epoch - 1]) >= score(row)):
             self.best_epoch = len(self.history)

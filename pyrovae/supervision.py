@@ -165,9 +165,9 @@ class Supervision:
         predicted = self.program.predict(batch).argmax(1)
         return int((predicted != self.classes(batch, name)).sum())
 
-    def cross_entropy(self) -> float:
-        """-log q(y | x) averaged over the labelled data, nats."""
-        with self.program.inference():
+    def cross_entropy(self, seed: int) -> float:
+        """-log q(y | x) averaged over the labelled data, nats; `seed` is that of what is drawn to show them."""
+        with self.program.inference(seed):
             batch = next(self.labeled.batches(len(self.labeled)))
             return -log_class(self.program.model, self.program.guide, batch, self.label).mean().item()
 
