@@ -63,6 +63,7 @@ def as_program(
         ValueError: for a model or guide that cannot be called.
 
     Example:
+        >>> import pyro, torch
         >>> def model(x):
         ...     with pyro.plate("data", len(x)):
         ...         z = pyro.sample("z", pyro.distributions.Normal(0., 1.))

@@ -277,7 +277,8 @@ def test_comparison_against_its_parts():
     ]  # fmt: skip
     assert comparison.difference < 1e-5
     assert value["reference ELBO"] == pytest.approx(value["Trace_ELBO"], abs=1e-5)
-    assert value["bound, K = 1"] < value["bound, K = 10"] < value["bound, K = 1000"] < value["exact log p(x)"] + 0.01
+    above = 5 * comparison.bounds[4].sampling_error
+    assert value["bound, K = 1"] < value["bound, K = 10"] < value["bound, K = 1000"] < value["exact log p(x)"] + above
     assert value["exact log p(x)"] == pytest.approx(program.log_prob(x).mean().item(), abs=1e-5)
     pyros = -Trace_ELBO(num_particles=1000, vectorize_particles=True).loss(program.model, program.guide, x) / 30
     spread = log_weights(program, x, 1000).std(0).square().sum().sqrt().item() / 30
