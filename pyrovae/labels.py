@@ -35,7 +35,7 @@ class Label:
     def log_prob(self, fn: Any) -> Tensor:
         """The log-probability of each class under a distribution of batch shape `(N,)`, `(N, C)`."""
         values = self.values.reshape(len(self.values), *[1] * len(fn.batch_shape), *fn.event_shape)
-        return fn.log_prob(values.to(fn.logits if hasattr(fn, "logits") else values)).movedim(0, -1)
+        return fn.log_prob(values).movedim(0, -1)
 
     def classes_of(self, values: Tensor) -> Tensor:
         """The numbers `(N,)` of the classes of a site's values `(N, ...)`; C for what is none."""
