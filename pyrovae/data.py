@@ -130,8 +130,7 @@ class Data:
             raise ValueError(f"Expected batch_size to be at least 1; got {batch_size}")
         order = None
         if shuffle is not None:
-            device = next(iter(self.tensors.values())).device
-            order = torch.randperm(len(self), generator=shuffle).to(device)
+            order = self._order(shuffle)
         for start in range(0, len(self), batch_size):
             rows = slice(start, start + batch_size)
             yield self._shown(rows if order is None else order[rows], shuffle)
@@ -139,13 +138,15 @@ class Data:
     def endless(self, batch_size: int, shuffle: torch.Generator) -> Iterator[Batch]:
         """Minibatches of `batch_size`, or of all data where there are fewer, in one random order after the other."""
         size = min(batch_size, len(self))
-        device = next(iter(self.tensors.values())).device
-        order = torch.empty(0, dtype=torch.int64, device=device)
+        order = self._order(shuffle)
         while True:
             if len(order) < size:
-                order = torch.cat([order, torch.randperm(len(self), generator=shuffle).to(device)])
+                order = torch.cat([order, self._order(shuffle)])
             yield self._shown(order[:size], shuffle)
             order = order[size:]
+
+    def _order(self, shuffle: torch.Generator) -> Tensor:
+        return torch.randperm(len(self), generator=shuffle).to(next(iter(self.tensors.values())).device)
 
     def _shown(self, rows: slice | Tensor, shuffle: torch.Generator | None) -> Batch:
         batch = {

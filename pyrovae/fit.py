@@ -116,8 +116,8 @@ def fit(
     check_arguments(program)
     rate = lr if callable(lr) else lambda epoch: lr
     elbo, optimizer = elbo or Trace_ELBO(), optimizer or partial(torch.optim.Adam, fused=True)
-    _check_positive(epochs=epochs, batch_size=batch_size, lr=rate(1), patience=patience, grad_clip=grad_clip)
-    _check_positive(labeled_batch_size=labeled_batch_size)
+    _check_positive(epochs=epochs, batch_size=batch_size, labeled_batch_size=labeled_batch_size)
+    _check_positive(lr=rate(1), patience=patience, grad_clip=grad_clip)
     _check_known(device=(device, DEVICES), precision=(precision, PRECISIONS), labels=(labels, get_args(Labels)))
     _check_objects(elbo, optimizer)
     if patience is not None and val is None:

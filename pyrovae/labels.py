@@ -83,3 +83,8 @@ def site_of(function: Callable[..., Any], name: str, batch: dict[str, Tensor]) -
     except _Passed as passed:
         return passed.site
     return None
+
+
+def without(name: str, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A batch that does not show its labels, or what is known of all sites but the label."""
+    return {key: value for key, value in batch.items() if key != name}

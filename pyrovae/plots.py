@@ -125,7 +125,8 @@ def learning_curves(history: list[dict[str, float]]) -> Figure:
     if not history:
         raise ValueError("Expected a history of at least one epoch; got an empty one")
     epochs = [row["epoch"] for row in history]
-    figure, panels = _figure(12 if "val_error" in history[0] else 9, 3, columns=4 if "val_error" in history[0] else 3)
+    columns = 4 if "val_error" in history[0] else 3
+    figure, panels = _figure(3 * columns, 3, columns)
     titles = {"elbo": "ELBO", "log_px_z": "log p(x | z)", "kl": "KL(q(z | x) || p(z))"}
     for axes, (name, title) in zip(panels, titles.items(), strict=False):
         axes.plot(epochs, [row[name] for row in history], color=COLORS[0], label="training")

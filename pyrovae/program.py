@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import OneHotCategorical
 
 from pyrovae.data import Batch, as_batch
-from pyrovae.labels import Fixed, Label, site_of
+from pyrovae.labels import Fixed, Label, site_of, without
 
 _DOT = "%2E"  # torch forbids "." in a parameter's name; Pyro's names have it
 
@@ -139,7 +139,12 @@ class LatentModel(nn.Module):
         with self.inference(), _Reader(means=True) as latents:
             self.guide(**batch)
         values = {name: site["value"] for name, site in latents.sites.items()}
-        with self.inference(), _Reader() as reader:
+        with self.inference():
+            return self._mean_given(values, batch)
+
+    def _mean_given(self, values: dict[str, Tensor], batch: Batch) -> Tensor:
+        """The mean of the data site, the latents being these values."""
+        with _Reader() as reader:
             poutine.condition(self.model, data=values)(**batch)
         sites = [site for name, site in reader.sites.items() if site["is_observed"] and name not in values]
         return _data_value(sites, mean=True)
@@ -154,21 +159,16 @@ class LatentModel(nn.Module):
             ValueError: for a program without a label.
         """
         batch = self._on_device(x, self.model, self.guide)
-        hidden = {key: value for key, value in batch.items() if key != self.label}
+        hidden = without(self.label, batch)
         with self.inference(), pyro.validation_enabled(False):
-            label = self._label_of(hidden)
-            own = label.values[self.predict(hidden).argmax(1)]
+            site, label = self._label_site(hidden)
+            own = label.values[label.log_prob(site["fn"]).argmax(1)]
             if self.label in batch:
                 own = site_of(self.model, self.label, batch)["value"]
             with Fixed(self.label, own), _Reader(means=True) as latents:
                 self.guide(**hidden)
-            values = {name: site["value"] for name, site in latents.sites.items() if name != self.label}
-            means = []
-            for value in label.values:
-                with Fixed(self.label, value), _Reader() as reader:
-                    poutine.condition(self.model, data=values)(**hidden)
-                sites = [site for name, site in reader.sites.items() if site["is_observed"] and name not in values]
-                means.append(_data_value(sites, mean=True))
+            values = {name: site["value"] for name, site in latents.sites.items()}
+            means = [self._mean_given({**values, self.label: value.expand_as(own)}, hidden) for value in label.values]
         return torch.stack(means, 1)
 
     def predict(self, x: Any) -> Tensor:
@@ -180,20 +180,19 @@ class LatentModel(nn.Module):
         Raises:
             ValueError: for a program without a label.
         """
-        batch = {key: value for key, value in as_batch(x, "x").items() if key != self.label}
         with self.inference(), pyro.validation_enabled(False):
-            batch = self._on_device(batch, self.guide)
-            label = self._label_of(batch)
-            return label.log_prob(site_of(self.guide, self.label, batch)["fn"]).exp()
+            site, label = self._label_site(self._on_device(without(self.label, as_batch(x, "x")), self.guide))
+            return label.log_prob(site["fn"]).exp()
 
-    def _label_of(self, batch: Batch) -> Label:
+    def _label_site(self, batch: Batch) -> tuple[Any, Label]:
+        """The guide's site of the label, and the label."""
         site = site_of(self.guide, self.label, batch)
         label = None if site is None else Label.of(site)
         if label is None:
             raise ValueError(
                 f"Expected a program with a label {self.label!r}; got {type(self).__name__}, whose guide draws none"
             )
-        return label
+        return site, label
 
     def _on_device(self, x: Any, *functions: Callable[..., Any]) -> Batch:
         device = next((p.device for p in self.parameters()), None)

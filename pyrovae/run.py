@@ -19,9 +19,10 @@ from pyrovae import checkpoint
 from pyrovae.conditionals.conditional import networks_in
 from pyrovae.data import Batch, Data, num_rows, stream
 from pyrovae.draws import Draws, evenly
+from pyrovae.labels import without
 from pyrovae.objectives import CompiledLoss, accumulate
 from pyrovae.program import LatentModel, check_keys
-from pyrovae.supervision import SemiSupervisedELBO, Supervision, without
+from pyrovae.supervision import SemiSupervisedELBO, Supervision
 from pyrovae.survey import Survey, draw
 
 History = list[dict[str, float]]

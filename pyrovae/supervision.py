@@ -12,7 +12,7 @@ from pyro.infer import ELBO, TraceEnum_ELBO
 from torch import Tensor
 
 from pyrovae.data import Batch, Data, num_rows
-from pyrovae.labels import Fixed, Label, site_of
+from pyrovae.labels import Fixed, Label, site_of, without
 from pyrovae.program import LatentModel
 from pyrovae.survey import Survey
 
@@ -88,11 +88,6 @@ def log_class(model: Callable[..., Any], guide: Callable[..., Any], labeled: Bat
     with Fixed(label.name, value):
         site = site_of(guide, label.name, without(label.name, labeled))
     return site["fn"].log_prob(site["value"])
-
-
-def without(name: str, batch: Batch) -> Batch:
-    """A batch that does not show its labels."""
-    return {key: value for key, value in batch.items() if key != name}
 
 
 class Supervision:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook
 
 from pyrovae.data import Batch, as_batch, check_finite, num_rows
-from pyrovae.labels import Fixed, Label
+from pyrovae.labels import Fixed, Label, without
 from pyrovae.program import LatentModel, check_keys
 from pyrovae.traces import (
     Draw,
@@ -157,9 +157,8 @@ class Enumerated:
 
     def __init__(self, drawn: Draw, label: str, num_classes: int):
         self.drawn, self.label, self.num_classes = drawn, label, num_classes
-        log_q = drawn.guide[label]
-        self.log_q = self._split(log_q)
-        rest = Draw(**{**vars(drawn), "guide": {key: value for key, value in drawn.guide.items() if key != label}})
+        self.log_q = self._split(drawn.guide[label])
+        rest = replace(drawn, guide=without(label, drawn.guide))
         # log p(x, y_c, z_c) - log q(z_c | x, y_c), (K, C, N)
         self.log_joint = self._split(rest.log_weights)
         self.check_support, self.supported, self.first_bad = drawn.check_support, drawn.supported, drawn.first_bad
@@ -190,7 +189,7 @@ class Enumerated:
     def posterior_means(self) -> dict[str, Tensor]:
         """E_q[z | x] of each of the guide's sites but the label, `(N, D)`."""
         q = self.log_q.exp().mean(0).unsqueeze(-1)
-        means = {name: mean for name, mean in self.drawn.posterior_means().items() if name != self.label}
+        means = without(self.label, self.drawn.posterior_means())
         return {name: (q * mean.unflatten(0, (self.num_classes, -1))).sum(0) for name, mean in means.items()}
 
 
