@@ -12,6 +12,8 @@ from torch import Tensor
 
 LOG_2_PI = math.log(2 * math.pi)
 Net = Callable[[Tensor], Tensor]
+Density = Callable[[Tensor, Tensor], Tensor]  # of a value, given eta
+Posterior = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # eps and eta to z and log q
 
 
 # --- log densities ---------------------------------------------------------------------------------
@@ -49,12 +51,14 @@ def log_one_hot(y: Tensor, logits: Tensor) -> Tensor:
     return (y * (logits - torch.logsumexp(logits, -1, keepdim=True))).sum(-1)
 
 
-LIKELIHOODS = {
+# By the names of the families. A family that needs more than eta has it as keyword arguments (`Conditional.parts`).
+LIKELIHOODS: dict[str, Callable[..., Tensor]] = {
     "Bernoulli": log_bernoulli,
     "UnitNormal": log_unit_normal,
     "DiagonalNormal": log_diagonal_normal,
     "FullNormal": log_full_normal,
 }
+PRIORS: dict[str, Callable[..., Tensor]] = {"StandardNormal": lambda z, eta: log_standard_normal(z)}
 
 
 # --- posteriors: z = g(eps, eta), log q(z | x) = log p(eps) - log |det dz / d eps|  (2.33) ---------
@@ -98,7 +102,8 @@ def full_normal_noise(z: Tensor, eta: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(scale, (z - mu).unsqueeze(-1), upper=False).squeeze(-1)
 
 
-POSTERIORS = {
+# by the names of the families: (eps, eta) to z and log q(z | x); (z, eta) to eps
+POSTERIORS: dict[str, tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., Tensor]]] = {
     "DiagonalNormal": (diagonal_normal, diagonal_normal_noise),
     "UnitNormal": (unit_normal, unit_normal_noise),
     "FullNormal": (full_normal, full_normal_noise),
@@ -130,8 +135,9 @@ def vae_elbo(
     *,
     posterior_net: Net,
     likelihood_net: Net,
-    posterior: str = "DiagonalNormal",
-    likelihood: str = "Bernoulli",
+    posterior: Posterior = diagonal_normal,
+    likelihood: Density = log_bernoulli,
+    log_prior: Callable[[Tensor], Tensor] = log_standard_normal,
 ) -> Tensor:
     """log p(x | z) + log p(z) - log q(z | x) at z = g(eps, x): the one-draw ELBO at given noise (Algorithms 1 and 2).
 
@@ -140,16 +146,17 @@ def vae_elbo(
         eps: noise `(*, N, D)`; leading dimensions are particles.
         posterior_net: x to the posterior's eta.
         likelihood_net: z to the likelihood's eta.
-        posterior: a key of `POSTERIORS`.
-        likelihood: a key of `LIKELIHOODS`.
+        posterior: eps and eta to z and log q(z | x), as `diagonal_normal`.
+        likelihood: x and eta to log p(x | z), as `log_bernoulli`.
+        log_prior: z to log p(z).
 
     Returns:
         `(*, N)`.
     """
     eta = posterior_net(x)
-    z, log_q = POSTERIORS[posterior][0](eps, eta.expand(*eps.shape[:-1], -1))
-    log_px_z = LIKELIHOODS[likelihood](x.expand(*eps.shape[:-1], -1), likelihood_net(z))
-    return log_px_z + log_standard_normal(z) - log_q
+    z, log_q = posterior(eps, eta.expand(*eps.shape[:-1], -1))
+    log_px_z = likelihood(x.expand(*eps.shape[:-1], -1), likelihood_net(z))
+    return log_px_z + log_prior(z) - log_q
 
 
 def labeled_elbo(
@@ -160,8 +167,9 @@ def labeled_elbo(
     label_logits: Tensor,
     posterior_net: Callable[[Tensor, Tensor], Tensor],
     likelihood_net: Callable[[Tensor, Tensor], Tensor],
-    posterior: str = "DiagonalNormal",
-    likelihood: str = "Bernoulli",
+    posterior: Posterior = diagonal_normal,
+    likelihood: Density = log_bernoulli,
+    log_prior: Callable[[Tensor], Tensor] = log_standard_normal,
 ) -> Tensor:
     """-L(x, y) = log p(x | y, z) + log p(y) + log p(z) - log q(z | x, y) at z = g(eps, x, y)  (Kingma et al. 2014, 6).
 
@@ -172,16 +180,17 @@ def labeled_elbo(
         label_logits: of p(y), `(C,)`.
         posterior_net: x and y to the posterior's eta; one that ignores y makes the guide q(y | x) q(z | x).
         likelihood_net: y and z to the likelihood's eta.
-        posterior: a key of `POSTERIORS`.
-        likelihood: a key of `LIKELIHOODS`.
+        posterior: eps and eta to z and log q(z | x, y).
+        likelihood: x and eta to log p(x | y, z).
+        log_prior: z to log p(z).
 
     Returns:
         `(*, N)`.
     """
     eta = posterior_net(x, y)
-    z, log_q = POSTERIORS[posterior][0](eps, eta.expand(*eps.shape[:-1], -1))
-    log_px = LIKELIHOODS[likelihood](x, likelihood_net(y, z))
-    return log_px + log_one_hot(y, label_logits) + log_standard_normal(z) - log_q
+    z, log_q = posterior(eps, eta.expand(*eps.shape[:-1], -1))
+    log_px = likelihood(x, likelihood_net(y, z))
+    return log_px + log_one_hot(y, label_logits) + log_prior(z) - log_q
 
 
 def unlabeled_elbo(labeled_elbos: Tensor, class_logits: Tensor) -> Tensor:

@@ -66,7 +66,11 @@ def test_history_is_the_true_elbo_in_its_terms():
     # the weights hardly move, so that every figure estimates the same ELBO of the initial program
     z = torch.randn(4000, 50, 2)
     by_hand = reference.vae_elbo(
-        x, z, posterior_net=program.posterior.eta, likelihood_net=program.likelihood.eta, likelihood="UnitNormal"
+        x,
+        z,
+        posterior_net=program.posterior.eta,
+        likelihood_net=program.likelihood.eta,
+        likelihood=reference.log_unit_normal,
     )
     error = (by_hand.var(0) / 50**2).sum().sqrt().item()
     assert row["elbo"] == pytest.approx(by_hand.mean().item(), abs=5 * error), "seed 0"

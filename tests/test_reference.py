@@ -145,8 +145,8 @@ def test_vae_elbo_is_its_three_terms(posterior, likelihood, particles):
         eps,
         posterior_net=lambda x: torch.tanh(x @ encoder),
         likelihood_net=lambda z: torch.tanh(z @ decoder),
-        posterior=posterior,
-        likelihood=likelihood,
+        posterior=reference.POSTERIORS[posterior][0],
+        likelihood=reference.LIKELIHOODS[likelihood],
     )
     q = family(posterior, torch.tanh(x @ encoder))
     if posterior == "FullNormal":

@@ -60,8 +60,8 @@ def labeled_by_hand(program: SemiSupervisedVAE, x: Tensor, y: Tensor, eps: Tenso
         label_logits=torch.zeros(CLASSES),
         posterior_net=program.posterior_net,
         likelihood_net=program.likelihood.eta,
-        posterior=type(program.posterior).__name__,
-        likelihood=type(program.likelihood).__name__,
+        posterior=program.posterior.by_hand(reference.POSTERIORS)[0],
+        likelihood=program.likelihood.by_hand(reference.LIKELIHOODS),
     )
 
 

@@ -4,7 +4,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Self
+from functools import partial
+from typing import Any, Self
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
@@ -114,6 +115,18 @@ class Conditional(nn.Module, ABC):
             raise ValueError(f"Expected mean for {len(bias)} outputs; got shape {tuple(mean.shape)}")
         bias.copy_(eta)
         return self
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """What the family's function in `reference.py` takes beside the value and eta."""
+        return {}
+
+    def by_hand(self, table: dict[str, Any]) -> Any:
+        """The family's function in one of the tables of `reference.py`, or its functions; None where there is none."""
+        found = table.get(type(self).__name__)
+        if isinstance(found, tuple):
+            return tuple(partial(function, **self.parts) for function in found)
+        return found and partial(found, **self.parts)
 
     def forward(self, *parents: Tensor) -> Distribution:
         """The distribution given the parents' values, each `(*, D_i)`."""

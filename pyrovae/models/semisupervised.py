@@ -105,16 +105,14 @@ class SemiSupervisedVAE(LatentModel):
 
         None where `reference.py` has not all families.
         """
-        family, likelihood = type(self.posterior).__name__, type(self.likelihood).__name__
-        if (
-            type(self.prior) is not StandardNormal
-            or family not in reference.POSTERIORS
-            or likelihood not in reference.LIKELIHOODS
-        ):
+        likelihood = self.likelihood.by_hand(reference.LIKELIHOODS)
+        functions = self.posterior.by_hand(reference.POSTERIORS)
+        log_prior = self.prior.by_hand(reference.PRIORS)
+        if likelihood is None or functions is None or log_prior is None:
             return None
+        transform, noise = functions
         with torch.no_grad():
-            eta = self.posterior_net(x, y)
-            eps = reference.POSTERIORS[family][1](z, eta.expand(*z.shape[:-1], -1))
+            eps = noise(z, self.posterior_net(x, y).expand(*z.shape[:-1], -1))
         labeled = reference.labeled_elbo(
             x,
             y,
@@ -122,8 +120,9 @@ class SemiSupervisedVAE(LatentModel):
             label_logits=self.label_prior.eta(),
             posterior_net=self.posterior_net,
             likelihood_net=self.likelihood.eta,
-            posterior=family,
+            posterior=transform,
             likelihood=likelihood,
+            log_prior=lambda z: log_prior(z, self.prior.eta()),
         )
         return labeled - reference.log_one_hot(y, self.classifier.eta(x))
 

@@ -79,28 +79,32 @@ class VAE(LatentModel):
 
         None where `reference.py` has not all three families.
         """
-        return _reference_elbo(x, z, self.prior, self.posterior, type(self.likelihood).__name__, self.likelihood.eta)
+        likelihood = self.likelihood.by_hand(reference.LIKELIHOODS)
+        return _reference_elbo(x, z, self.prior, self.posterior, likelihood, self.likelihood.eta)
 
 
 def _reference_elbo(
-    x: Tensor, z: Tensor, prior: Conditional, posterior: Conditional, likelihood: str, likelihood_net: reference.Net
+    x: Tensor,
+    z: Tensor,
+    prior: Conditional,
+    posterior: Conditional,
+    likelihood: reference.Density | None,
+    likelihood_net: reference.Net,
 ) -> Tensor | None:
-    family = type(posterior).__name__
-    if (
-        type(prior) is not StandardNormal
-        or family not in reference.POSTERIORS
-        or likelihood not in reference.LIKELIHOODS
-    ):
+    log_prior, functions = prior.by_hand(reference.PRIORS), posterior.by_hand(reference.POSTERIORS)
+    if log_prior is None or functions is None or likelihood is None:
         return None
+    transform, noise = functions
     with torch.no_grad():  # the noise is given: gradients flow through z = g(eps, x) alone
-        eps = reference.POSTERIORS[family][1](z, posterior.eta(x).expand(*z.shape[:-1], -1))
+        eps = noise(z, posterior.eta(x).expand(*z.shape[:-1], -1))
     return reference.vae_elbo(
         x,
         eps,
         posterior_net=posterior.eta,
         likelihood_net=likelihood_net,
-        posterior=family,
+        posterior=transform,
         likelihood=likelihood,
+        log_prior=lambda z: log_prior(z, prior.eta()),
     )
 
 
@@ -163,7 +167,9 @@ class LinearGaussian(LatentModel):
         None where `reference.py` does not have the posterior's family.
         """
         if self.posterior is not None:
-            return _reference_elbo(x, z, self.prior, self.posterior, "DiagonalNormal", self._likelihood_eta)
+            return _reference_elbo(
+                x, z, self.prior, self.posterior, reference.log_diagonal_normal, self._likelihood_eta
+            )
         mean, covariance = reference.linear_gaussian_posterior(x, self.weight, self.bias, self.log_sigma)
         scale = torch.linalg.cholesky(covariance)
         with torch.no_grad():
