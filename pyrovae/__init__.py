@@ -4,6 +4,9 @@ from pyrovae import conditionals as conditionals
 from pyrovae import data as data
 from pyrovae import plots as plots
 from pyrovae import reference as reference
+from pyrovae.bounds import IWAE_ELBO as IWAE_ELBO
+from pyrovae.bounds import STL_ELBO as STL_ELBO
+from pyrovae.bounds import FreeBits_ELBO as FreeBits_ELBO
 from pyrovae.checkpoint import load as load
 from pyrovae.checkpoint import save as save
 from pyrovae.compare import Comparison as Comparison
@@ -23,9 +26,14 @@ from pyrovae.nets import MLP as MLP
 from pyrovae.nets import Constant as Constant
 from pyrovae.nets import ConvDecoder as ConvDecoder
 from pyrovae.nets import ConvEncoder as ConvEncoder
+from pyrovae.objectives import CompiledFreeBits_ELBO as CompiledFreeBits_ELBO
+from pyrovae.objectives import CompiledIWAE_ELBO as CompiledIWAE_ELBO
+from pyrovae.objectives import CompiledSTL_ELBO as CompiledSTL_ELBO
 from pyrovae.objectives import CompiledTrace_ELBO as CompiledTrace_ELBO
 from pyrovae.objectives import CompiledTraceEnum_ELBO as CompiledTraceEnum_ELBO
 from pyrovae.objectives import CompiledTraceMeanField_ELBO as CompiledTraceMeanField_ELBO
 from pyrovae.program import LatentModel as LatentModel
 from pyrovae.program import data_plate as data_plate
+from pyrovae.schedules import Cyclical as Cyclical
+from pyrovae.schedules import Linear as Linear
 from pyrovae.survey import log_weights as log_weights

@@ -3,20 +3,23 @@
 import math
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from dataclasses import is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 import pyro
 import torch
-from pyro.infer import ELBO, Trace_ELBO
+from pyro.infer import ELBO
 
 from pyrovae import checkpoint
+from pyrovae.bounds import bound, check_bound
 from pyrovae.compiled import Compile
 from pyrovae.conditionals.conditional import PRECISIONS
 from pyrovae.data import Data, as_data, count
 from pyrovae.program import LatentModel
 from pyrovae.run import History, Run
+from pyrovae.schedules import Schedule, check_kl_weight
 from pyrovae.supervision import Labels
 from pyrovae.traces import check_arguments
 
@@ -33,6 +36,8 @@ def fit(
     labeled_batch_size: int | None = None,
     labels: Labels = "enumerate",
     elbo: ELBO | None = None,
+    kl_weight: float | Schedule = 1.0,
+    free_bits: float | tuple[float, int] | None = None,
     epochs: int = 100,
     batch_size: int = 100,
     lr: float | Callable[[int], float] = 1e-3,
@@ -73,6 +78,10 @@ def fit(
         labeled_batch_size: labelled data in a minibatch; None for `batch_size`.
         labels: unknown ones are summed over (enumerate, by `TraceEnum_ELBO`) or drawn from q(y | x) (sample).
         elbo: any `pyro.infer.ELBO`; by default `Trace_ELBO()`.
+        kl_weight: beta, by which the KL term of `elbo` is multiplied; or a function that gives it for each step,
+            counted from 0, as `Linear(1000)` and `Cyclical(1000)`; it must reach 1 before training ends.
+        free_bits: nats that each latent site's KL, averaged over the minibatch, costs nothing below; with a second
+            number, those of each of so many groups of its dimensions. It stands for `elbo=FreeBits_ELBO(...)`.
         epochs: passes over `train`, those before `resume` included.
         batch_size: data in a minibatch.
         lr: learning rate, or a function that gives it for each epoch, 1 to `epochs`.
@@ -95,8 +104,9 @@ def fit(
         A dict for each epoch: `loss`, the mean objective over the epoch; `elbo`, `log_px_z` and `kl`, measured after
         it with one draw for each datum, in eval mode, on the training data (10,000 of them at most, classes summed over
         counted each); `val_elbo`, `val_log_px_z`, `val_kl`; `seconds`. Nats, per datum, and the true ELBO, whatever was
-        optimised. With `labeled`, `elbo` is -U, `labeled_elbo` -L with its two parts, `cross_entropy` -log q(y | x) of
-        the labelled data, and `val_error` the share of validation data that q(y | x) misclassifies.
+        optimised; `kl_weight` of the epoch's last step, where it is not 1. With `labeled`, `elbo` is -U, `labeled_elbo`
+        -L with its two parts, `cross_entropy` -log q(y | x) of the labelled data, and `val_error` the share of
+        validation data that q(y | x) misclassifies.
 
     Raises:
         ValueError: for bad data or settings, labels that are none of the classes, a program without a label, data
@@ -115,7 +125,8 @@ def fit(
     """
     check_arguments(program)
     rate = lr if callable(lr) else lambda epoch: lr
-    elbo, optimizer = elbo or Trace_ELBO(), optimizer or partial(torch.optim.Adam, fused=True)
+    check_bound(elbo, kl_weight, free_bits, labeled)
+    elbo, optimizer = elbo or bound(free_bits), optimizer or partial(torch.optim.Adam, fused=True)
     _check_positive(epochs=epochs, batch_size=batch_size, labeled_batch_size=labeled_batch_size)
     _check_positive(lr=rate(1), patience=patience, grad_clip=grad_clip)
     _check_known(device=(device, DEVICES), precision=(precision, PRECISIONS), labels=(labels, get_args(Labels)))
@@ -131,6 +142,8 @@ def fit(
     _check_data(train, labeled, supervised_weight)
     settings = {
         "elbo": type(elbo).__name__,
+        "kl_weight": _name(kl_weight) if callable(kl_weight) else kl_weight,
+        "free_bits": list(free_bits) if isinstance(free_bits, tuple) else free_bits,
         "batch_size": batch_size,
         "lr": _name(lr) if callable(lr) else lr,
         "optimizer": _name(optimizer),
@@ -152,7 +165,8 @@ def fit(
             stack.enter_context(torch.random.fork_rng())
             torch.manual_seed(seed)
         stack.enter_context(pyro.validation_enabled(False))
-        run = Run(program, train, val, labeled, elbo, optimizer, rate, settings, folder, device)
+        run = Run(program, train, val, labeled, elbo, kl_weight, optimizer, rate, settings, folder, device)
+        check_kl_weight(kl_weight, None if run.steps is None else epochs * run.steps)
         stack.enter_context(program.scope())
         if saved is not None:
             run.resume(saved)
@@ -202,4 +216,4 @@ def _name(function: Callable[..., Any]) -> str:
     if isinstance(function, partial):
         options = ", ".join(f"{key}={value}" for key, value in sorted(function.keywords.items()))
         return f"{_name(function.func)}({options})"
-    return getattr(function, "__name__", type(function).__name__)
+    return repr(function) if is_dataclass(function) else getattr(function, "__name__", type(function).__name__)

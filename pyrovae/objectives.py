@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from pyrovae.bounds import IWAE_ELBO, STL_ELBO, FreeBits_ELBO
 from pyrovae.compiled import Compile, Compiled, CompileError
 
 
@@ -301,3 +302,15 @@ class CompiledTraceMeanField_ELBO(_CompiledELBO, TraceMeanField_ELBO):
 
 class CompiledTraceEnum_ELBO(_CompiledELBO, TraceEnum_ELBO):
     """`pyro.infer.TraceEnum_ELBO`, which sums over discrete latents in parallel; compiled, see above."""
+
+
+class CompiledIWAE_ELBO(_CompiledELBO, IWAE_ELBO):
+    """`IWAE_ELBO`, the importance-weighted bound for each datum, with either gradient; compiled, see above."""
+
+
+class CompiledSTL_ELBO(_CompiledELBO, STL_ELBO):
+    """`STL_ELBO`, the ELBO without the score of q in its gradient; compiled, see above."""
+
+
+class CompiledFreeBits_ELBO(_CompiledELBO, FreeBits_ELBO):
+    """`FreeBits_ELBO`, in which some nats of KL are free; compiled, see above."""

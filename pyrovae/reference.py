@@ -231,6 +231,35 @@ def importance_bound(log_w: Tensor) -> Tensor:
     return largest + torch.log(torch.exp(log_w - largest).mean(0))
 
 
+def dreg_value(log_p: Net, log_q: Net, z: Tensor) -> Tensor:
+    """Numbers `(N,)` whose gradient in phi is the doubly reparameterized one (Tucker et al. 2019, eq. 7):
+
+        sum_k (w_k / sum_j w_j)^2  d log w_k / d z_k  d z_k / d phi
+
+    Args:
+        log_p: z to log p(x, z), `(K, N)`.
+        log_q: z to log q(z | x), `(K, N)`.
+        z: g(eps, phi, x), `(K, N, D)`.
+    """
+    point = z.detach().requires_grad_()
+    log_w = log_p(point) - log_q(point)
+    (slope,) = torch.autograd.grad(log_w.sum(), point)
+    share = torch.exp(log_w - torch.logsumexp(log_w, 0)).detach()
+    return (share**2 * (slope * z).sum(-1)).sum(0)
+
+
+def free_bits_bound(log_px_z: Tensor, kl: Tensor, nats: float) -> Tensor:
+    """E_M[log p(x | z)] - sum_j max(lambda, E_M[KL_j]), a number  (Kingma et al. 2016, eq. 15).
+
+    Args:
+        log_px_z: `(N,)`.
+        kl: of each group of latents, `(N, J)`.
+        nats: lambda.
+    """
+    means = kl.mean(0)
+    return log_px_z.mean() - torch.where(means > nats, means, nats).sum()
+
+
 # --- closed forms ----------------------------------------------------------------------------------
 
 

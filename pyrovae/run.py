@@ -22,6 +22,7 @@ from pyrovae.draws import Draws, evenly
 from pyrovae.labels import without
 from pyrovae.objectives import CompiledLoss, accumulate
 from pyrovae.program import LatentModel, check_keys
+from pyrovae.schedules import Schedule, WeightedELBO
 from pyrovae.supervision import SemiSupervisedELBO, Supervision
 from pyrovae.survey import Survey, draw
 
@@ -57,7 +58,7 @@ class Run:
         program: a `LatentModel`.
         train, val: `Data` or DataLoaders; `val` may be None.
         labeled: labelled `Data` beside them, or None; `train` may then be None.
-        elbo, optimizer: as for `fit`.
+        elbo, kl_weight, optimizer: as for `fit`.
         rate: learning rate of each epoch.
         settings: all that a run to be resumed must share.
         folder: of the run, or None.
@@ -71,6 +72,7 @@ class Run:
         val: Any,
         labeled: Data | None,
         elbo: ELBO,
+        kl_weight: float | Schedule,
         optimizer: Callable[..., torch.optim.Optimizer],
         rate: Callable[[int], float],
         settings: dict[str, Any],
@@ -92,6 +94,9 @@ class Run:
             size, weight = settings["labeled_batch_size"], settings["supervised_weight"]
             self.supervision = Supervision(program, self.labeled, settings["num_train"] or 0, size, weight)
             elbo = SemiSupervisedELBO(elbo, self.supervision.label, self.survey.nesting, settings["labels"])
+        self.kl_weight = None if kl_weight == 1 else kl_weight if callable(kl_weight) else lambda step: kl_weight
+        if self.kl_weight is not None:
+            elbo = WeightedELBO(elbo)
         parameters = [parameter for parameter in program.parameters() if parameter.requires_grad]
         if not parameters:
             raise ValueError(f"Expected a program with parameters to train; got none in {type(program).__name__}")
@@ -141,8 +146,8 @@ class Run:
             self._write_config()
             self._keep()
             self._write()
-        bar = tqdm(total=epochs * (self._steps() or 0) or None, unit=" steps", mininterval=0.5, disable=not progress)
-        bar.update(len(self.history) * (self._steps() or 0))
+        bar = tqdm(total=epochs * (self.steps or 0) or None, unit=" steps", mininterval=0.5, disable=not progress)
+        bar.update(len(self.history) * (self.steps or 0))
         try:
             with bar, self.program.modes_kept(), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Encountered (NaN|inf)")  # reported below, with the site
@@ -158,7 +163,8 @@ class Run:
                 self.program.load_state_dict(self.best)
             self._write()
 
-    def _steps(self) -> int | None:
+    @property
+    def steps(self) -> int | None:
         """Steps in an epoch, where they are known."""
         if isinstance(self.train, Data):
             return math.ceil(len(self.train) / self.settings["batch_size"])
@@ -173,11 +179,18 @@ class Run:
             group["lr"] = self.rate(len(self.history) + 1)
         start, total, seen = time.perf_counter(), 0.0, 0
         batches = self._stream(self.train, "train", shuffle=self.generator)
-        for batch, arguments, num_data in self._steps_of(batches):
+        weight = None
+        for step, (batch, arguments, num_data) in enumerate(
+            self._steps_of(batches), len(self.history) * (self.steps or 0)
+        ):
+            if self.kl_weight is not None:
+                weight = float(self.kl_weight(step))
+                arguments = {"arguments": arguments, "kl_weight": weight}
             total += self._step(batch, arguments)
             seen += num_data
             bar.update()
         row = {"epoch": len(self.history) + 1, "seconds": time.perf_counter() - start, "loss": total / seen}
+        row |= {} if weight is None else {"kl_weight": weight}
         self._check_parameters()
         for part in self.parts:
             prefix = "" if part == "train" else f"{part}_"

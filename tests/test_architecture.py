@@ -20,7 +20,7 @@ FLOORS = [
     ("program",),
     ("functions", "traces", "compiled"),
     ("survey",),
-    ("models",),
+    ("models", "bounds", "schedules"),
     ("checkpoint", "objectives", "draws", "supervision"),
     ("evaluate", "compare", "run"),
     ("fit", "plots"),

@@ -19,10 +19,13 @@ from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from pyrovae import LatentModel, as_program
+from pyrovae import IWAE_ELBO, STL_ELBO, FreeBits_ELBO, LatentModel, as_program
 from pyrovae.compiled import CompileError
 from pyrovae.objectives import (
+    CompiledFreeBits_ELBO,
+    CompiledIWAE_ELBO,
     CompiledLoss,
+    CompiledSTL_ELBO,
     CompiledTrace_ELBO,
     CompiledTraceEnum_ELBO,
     CompiledTraceMeanField_ELBO,
@@ -139,6 +142,22 @@ def test_programs_of_the_zoo_have_the_analytic_kl_terms_of_the_namesake(name):
 @slow_unless("VAE DiagonalNormal Bernoulli")
 def test_programs_of_the_zoo_agree_in_single_precision(name, pair):
     assert_as_namesake_on_the_zoo(zoo.PROGRAMS[name], pair)
+
+
+BOUNDS = {
+    "IWAE": (CompiledIWAE_ELBO, IWAE_ELBO, (3,)),
+    "DReG": (CompiledIWAE_ELBO, IWAE_ELBO, (3, "dreg")),
+    "STL": (CompiledSTL_ELBO, STL_ELBO, ()),
+    "FreeBits": (CompiledFreeBits_ELBO, FreeBits_ELBO, (0.1,)),
+}
+
+
+@float64
+@pytest.mark.parametrize("bound", BOUNDS)
+@slow_unless("VAE FullNormal Bernoulli")
+def test_programs_of_the_zoo_have_the_bounds_of_their_namesakes(name, bound):
+    compiled, plain, settings = BOUNDS[bound]
+    assert_as_namesake_on_the_zoo(zoo.PROGRAMS[name], (lambda: compiled(*settings), lambda: plain(*settings)))
 
 
 # What a program may be made of. Each function returns a model and a guide of x, N x 2.
