@@ -21,8 +21,9 @@ import math
 import statistics
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -31,7 +32,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 import pyrovae as pv
-from pyrovae.conditionals import DiagonalNormal, OneHotCategorical
+from pyrovae.conditionals import FullNormal, OneHotCategorical
 from pyrovae.data import Data
 
 Method = Literal["m2", "m1+m2", "classifier"]
@@ -50,18 +51,26 @@ class Options:
     """Of labelled images, weights and noise."""
     epochs: int = 100
     """Passes over the unlabelled images."""
-    m1_epochs: int = 100
-    """Of M1, whose latents M1+M2 is trained on."""
-    batch_size: int = 100
-    """Unlabelled images in a minibatch, and labelled ones."""
+    batch_size: int = 200
+    """Unlabelled images in a minibatch."""
     hidden: int = 500
-    """Units of the hidden layer."""
+    """Units of the hidden layer of M2 on images, and of the classifier."""
     z_dim: int = 50
-    """Latents, of M1 and of M2."""
-    weight: float = 0.1
+    """Latents of M2 on images."""
+    lr: float = 1e-3
+    """Learning rate of Adam, falling to a tenth, of M2 on images and of the classifier."""
+    m1_epochs: int = 300
+    """Passes in training M1, 784-200-200-50, whose latents M1+M2 is trained on."""
+    m1m2_epochs: int = 60
+    """Passes over the latents."""
+    m1m2_hidden: int = 100
+    """Units of the hidden layer of M2 on latents."""
+    m1m2_z_dim: int = 5
+    """Latents of M2 on latents."""
+    m1m2_lr: float = 3e-3
+    """Learning rate of Adam, falling to a tenth, of M2 on latents."""
+    weight: float = 1.0
     """Of the classification term, as a multiple of the number of training images."""
-    lr: float = 3e-4
-    """Learning rate of Adam, falling to a tenth."""
     val_labels: int = 1000
     """Labelled validation images, by which the epoch is chosen."""
     threads: int | None = None
@@ -72,15 +81,25 @@ class Options:
     """CSV file to which each result is added."""
 
 
-def rate(options: Options, epochs: int):
-    return lambda epoch: options.lr * 0.1 ** ((epoch - 1) / max(1, epochs - 1))
+def rate(first: float, epochs: int, last: float = 0.1):
+    """Falls geometrically, to `last` times the first."""
+    return lambda epoch: first * last ** ((epoch - 1) / max(1, epochs - 1))
 
 
 def error(predicted: Tensor, y: Tensor) -> float:
     return (predicted.argmax(1) != y).double().mean().item()
 
 
-def train(program: pv.LatentModel, unlabeled: Data, val: Data, labeled: Data, seed: int, options: Options) -> float:
+def train(
+    program: pv.LatentModel,
+    unlabeled: Data,
+    val: Any,
+    labeled: Data,
+    seed: int,
+    epochs: int,
+    lr: float,
+    options: Options,
+) -> float:
     """Train on both, and give the validation error."""
     history = pv.fit(
         program,
@@ -88,9 +107,10 @@ def train(program: pv.LatentModel, unlabeled: Data, val: Data, labeled: Data, se
         val,
         labeled=labeled,
         supervised_weight=options.weight * (len(labeled) + len(unlabeled)),
-        epochs=options.epochs,
+        epochs=epochs,
         batch_size=options.batch_size,
-        lr=rate(options, options.epochs),
+        labeled_batch_size=100,
+        lr=rate(lr, epochs),
         seed=seed,
         compile=options.compile,
     )
@@ -98,42 +118,73 @@ def train(program: pv.LatentModel, unlabeled: Data, val: Data, labeled: Data, se
 
 
 def by_m2(splits: pv.data.Splits, labeled: Data, unlabeled: Data, val: Data, seed: int, options: Options):
+    torch.manual_seed(seed)
     program = pv.SemiSupervisedVAE.mlp(X, CLASSES, options.z_dim, (options.hidden,))
-    found = train(program, unlabeled, val, labeled, seed, options)
+    program.likelihood.start_at(splits.train["x"].mean(0))
+    found = train(program, unlabeled, val, labeled, seed, options.epochs, options.lr, options)
     return found, error(program.predict(splits.test.select("x")), splits.test["y"])
 
 
-def by_m1_m2(splits: pv.data.Splits, labeled: Data, unlabeled: Data, val: Data, seed: int, options: Options):
-    m1 = pv.VAE.mlp(X, options.z_dim, (600, 600), activation="softplus")
+@cache
+def m1_of(seed: int, options: Options) -> pv.VAE:
+    """M1, trained on all training images, without labels."""
+    splits = pv.data.load("mnist", "dynamic")
+    torch.manual_seed(seed)
+    m1 = pv.VAE.mlp(X, 50, (200, 200))
     m1.likelihood.start_at(splits.train["x"].mean(0))
     pv.fit(
         m1,
-        splits.train.select("x"),
-        val.select("x"),
+        splits.train,
+        splits.val.rows(slice(options.val_labels)),
         epochs=options.m1_epochs,
-        batch_size=options.batch_size,
-        lr=rate(options, options.m1_epochs),
+        batch_size=100,
+        lr=rate(2e-3, options.m1_epochs, last=0.05),
         seed=seed,
         compile=options.compile,
     )
+    return m1
 
-    def drawn(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {**batch, "x": m1.encode(batch["x"], sample=True)}
 
-    def means(data: Data) -> dict[str, Tensor]:
-        return {**data.tensors, "x": m1.encode(data["x"])}
+def posterior_of(m1: pv.VAE, data: Data) -> tuple[Tensor, Tensor]:
+    """Mean and scale of M1's posterior at the grey images."""
+    with torch.no_grad():
+        parts = [m1.posterior(x) for x in data["x"].split(1000)]
+    return torch.cat([q.mean for q in parts]), torch.cat([q.stddev for q in parts])
 
-    m2 = pv.SemiSupervisedVAE.mlp(options.z_dim, CLASSES, options.z_dim, (options.hidden,), likelihood=DiagonalNormal)
-    labeled, unlabeled = (Data(data.tensors, dynamic=True, show=drawn) for data in (labeled, unlabeled))
-    found = train(m2, unlabeled, Data(means(val)), labeled, seed, options)
-    return found, error(m2.predict(means(splits.test)["x"]), splits.test["y"])
+
+def drawn(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """M1's latents, drawn from its posterior each time that they are shown."""
+    batch = {**batch, "x": batch["x"] + batch["scale"] * torch.randn_like(batch["x"])}
+    del batch["scale"]
+    return batch
+
+
+def by_m1_m2(splits: pv.data.Splits, labeled: Data, unlabeled: Data, val: Data, seed: int, options: Options):
+    m1 = m1_of(seed, options)
+    active = posterior_of(m1, splits.train)[0].var(0) > 0.01
+
+    def features(data: Data) -> dict[str, Tensor]:
+        mean, scale = posterior_of(m1, data)
+        return {**data.tensors, "x": mean[:, active], "scale": scale[:, active]}
+
+    def at_mean(data: Data) -> dict[str, Tensor]:
+        return {key: value for key, value in features(data).items() if key != "scale"}
+
+    torch.manual_seed(seed)
+    m2 = pv.SemiSupervisedVAE.mlp(
+        int(active.sum()), CLASSES, options.m1m2_z_dim, (options.m1m2_hidden,), likelihood=FullNormal
+    )
+    labeled, unlabeled = (Data(features(data), show=drawn) for data in (labeled, unlabeled))
+    found = train(m2, unlabeled, Data(at_mean(val)), labeled, seed, options.m1m2_epochs, options.m1m2_lr, options)
+    return found, error(m2.predict(at_mean(splits.test)["x"]), splits.test["y"])
 
 
 def by_classifier(splits: pv.data.Splits, labeled: Data, unlabeled: Data, val: Data, seed: int, options: Options):
     """The network q(y | x) of M2, trained on the labelled images alone."""
+    torch.manual_seed(seed)
     classifier = OneHotCategorical.mlp(X, CLASSES, (options.hidden,), "softplus")
     adam = torch.optim.Adam(classifier.parameters(), lr=options.lr, fused=True)
-    batches = labeled.endless(options.batch_size, torch.Generator().manual_seed(seed))
+    batches = labeled.endless(100, torch.Generator().manual_seed(seed))
     best, at_best = math.inf, math.inf
     for _ in tqdm(range(options.epochs), desc="classifier"):
         for _ in range(50):
@@ -172,7 +223,6 @@ def main(options: Options) -> None:
         for num_labels in options.labels:
             errors = []
             for seed in options.seeds:
-                torch.manual_seed(seed)
                 labeled, unlabeled = pv.data.split_labels(splits.train, num_labels // CLASSES, seed)
                 start = time.perf_counter()
                 on_val, on_test = METHODS[method](splits, labeled, unlabeled, val, seed, options)

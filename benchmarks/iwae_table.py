@@ -1,0 +1,206 @@
+"""Test log p(x) of binarized MNIST, the table of Burda, Grosse and Salakhutdinov (2016), one stochastic layer.
+
+    PYROVAE_DATA=... python benchmarks/iwae_table.py --out table.csv                     # all rows, 40 minutes each
+    PYROVAE_DATA=... python benchmarks/iwae_table.py --rows IWAE --k 5 --data static     # one of them
+    PYROVAE_DATA=... python benchmarks/iwae_table.py --rows VAE IAF --k 1 --data static  # a posterior beside another
+
+784-200-200-50, tanh. VAE averages the ELBO over k draws, IWAE is the bound of k draws, DReG the same bound with the
+doubly reparameterized gradient, IAF a VAE whose posterior is an inverse autoregressive flow. log p(x) is that of all
+test images with 5000 draws; a latent is active where its posterior mean varies by more than 0.01 over them. The
+epoch is chosen by the ELBO on validation data. There are as many epochs as --minutes allow, but --epochs at most, and
+the learning rate falls geometrically over them. Rows are added to --out with seed, time and machine as soon as they are
+known, and rows that are there are not run again.
+
+The paper trained 3,280 epochs of batch 20.
+"""
+
+import csv
+import itertools
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from pyro.infer import ELBO, Trace_ELBO
+
+import pyrovae as pv
+from pyrovae.conditionals import Bernoulli, DiagonalNormal, InverseAutoregressiveFlow, StandardNormal
+
+# negative log p(x), nats, with active units: Burda et al. (2016), table 1
+PAPER = {
+    ("dynamic", "VAE", 1): (86.76, 19),
+    ("dynamic", "VAE", 5): (86.47, 20),
+    ("dynamic", "VAE", 50): (86.35, 20),
+    ("dynamic", "IWAE", 5): (85.54, 22),
+    ("dynamic", "IWAE", 50): (84.78, 25),
+    ("static", "VAE", 1): (88.71, None),
+    ("static", "VAE", 5): (88.83, None),
+    ("static", "VAE", 50): (89.05, None),
+    ("static", "IWAE", 5): (87.63, None),
+    ("static", "IWAE", 50): (87.10, None),
+}
+SETS = {"static": ("binarized-mnist", "none"), "dynamic": ("mnist", "dynamic")}
+
+Row = Literal["VAE", "IWAE", "DReG", "IAF"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The table of Burda et al. (2016), one stochastic layer."""
+
+    data: tuple[Literal["static", "dynamic"], ...] = ("static", "dynamic")
+    """Binarized once, or anew at each presentation."""
+    rows: tuple[Row, ...] = ("VAE", "IWAE")
+    """What is trained."""
+    k: tuple[int, ...] = (1, 5, 50)
+    """Draws for each datum in training."""
+    minutes: float = 40.0
+    """Of training for each row, at most."""
+    epochs: int = 650
+    """Passes over the training images, at most."""
+    batch_size: int = 100
+    """Images in a minibatch."""
+    lr: float = 2e-3
+    """Learning rate of Adam in the first epoch."""
+    lr_final: float = 1e-4
+    """In the last epoch."""
+    flow_steps: int = 2
+    """Of the inverse autoregressive flow."""
+    num_particles: int = 5000
+    """K of the test log-likelihood."""
+    num_test: int = 10_000
+    """How many of the 10,000 test images are measured."""
+    seed: int = 0
+    """Of initial weights, minibatches and noise."""
+    threads: int | None = None
+    """Threads of torch; by default all cores."""
+    out: Path | None = None
+    """CSV file to which rows are added."""
+
+
+class Rate:
+    """The learning rate of each epoch, which falls geometrically; it notes when it is asked."""
+
+    def __init__(self, options: Options, epochs: int):
+        self.lr, self.epochs = options.lr, epochs
+        self.decay = (options.lr_final / options.lr) ** (1 / max(1, epochs - 1))
+        self.asked: list[float] = []
+
+    def __call__(self, epoch: int) -> float:
+        self.asked.append(time.monotonic())
+        return self.lr * self.decay ** (epoch - 1)
+
+
+def program_of(row: Row, mean: torch.Tensor, options: Options) -> pv.VAE:
+    torch.manual_seed(options.seed)
+    posterior = DiagonalNormal.mlp(784, 50)
+    if row == "IAF":
+        posterior = InverseAutoregressiveFlow.mlp(784, 50, steps=options.flow_steps)
+    return pv.VAE(StandardNormal(50), Bernoulli.mlp(50, 784).start_at(mean), posterior)
+
+
+def bound_of(row: Row, k: int) -> ELBO:
+    if row in ("IWAE", "DReG"):
+        return pv.IWAE_ELBO(k, "dreg" if row == "DReG" else "plain")
+    return Trace_ELBO(num_particles=k, vectorize_particles=k > 1, max_plate_nesting=1)
+
+
+def train(
+    row: Row, k: int, data: pv.data.Splits, epochs: int, options: Options
+) -> tuple[pv.VAE, list[dict[str, float]], Rate]:
+    program = program_of(row, data.train["x"].mean(0), options)
+    rate = Rate(options, epochs)
+    history = pv.fit(
+        program,
+        data.train,
+        data.val,
+        elbo=bound_of(row, k),
+        epochs=epochs,
+        batch_size=options.batch_size,
+        lr=rate,
+        seed=options.seed,
+        compile=True,
+    )
+    return program, history, rate
+
+
+def epochs_within(row: Row, k: int, data: pv.data.Splits, options: Options) -> int:
+    """How many epochs the minutes allow, by a run of three."""
+    *_, rate = train(row, k, data, 3, options)
+    return max(1, min(options.epochs, int(60 * options.minutes / (rate.asked[-1] - rate.asked[-2]))))
+
+
+def measure(data_name: str, row: Row, k: int, options: Options) -> dict[str, object]:
+    name, binarize = SETS[data_name]
+    data = pv.data.load(name, binarize)
+    epochs = epochs_within(row, k, data, options)
+    start = time.monotonic()
+    program, history, _ = train(row, k, data, epochs, options)
+    minutes = (time.monotonic() - start) / 60
+    result = pv.evaluate(
+        program, data.test.rows(slice(options.num_test)), options.num_particles, seed=options.seed, compile=True
+    )
+    best = max(history, key=lambda each: each["val_elbo"])
+    return {
+        "data": data_name,
+        "row": row,
+        "k": k,
+        "seed": options.seed,
+        "nll": round(-result.log_px.mean().item(), 3),
+        "standard_error": round((result.log_px.std() / len(result.log_px) ** 0.5).item(), 3),
+        "active": result.active_units["z"],
+        "val_elbo": round(best["val_elbo"], 3),
+        "best_epoch": best["epoch"],
+        "epochs": len(history),
+        "minutes": round(minutes, 1),
+        "threads": torch.get_num_threads(),
+        "machine": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "options": repr(options),
+    }
+
+
+def done(path: Path | None) -> set[tuple[str, ...]]:
+    if path is None or not path.exists():
+        return set()
+    with path.open(newline="") as file:
+        return {(row["data"], row["row"], row["k"], row["seed"]) for row in csv.DictReader(file)}
+
+
+def add(path: Path | None, row: dict[str, object]) -> None:
+    if path is None:
+        return
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(row))
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def main(options: Options) -> None:
+    """Print each row beside the paper's."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    print(
+        f"{'data':8} {'row':5} {'k':>3} {'-log p(x)':>18} {'active':>6} {'epochs':>6} {'minutes':>7}   paper",
+        flush=True,
+    )
+    for data_name, row, k in itertools.product(options.data, options.rows, options.k):
+        if (data_name, row, str(k), str(options.seed)) in done(options.out):
+            continue
+        found = measure(data_name, row, k, options)
+        add(options.out, found)
+        paper, active = PAPER.get((data_name, "VAE" if k == 1 else row, k), (None, None))
+        print(
+            f"{data_name:8} {row:5} {k:3} {found['nll']:9.3f} +- {found['standard_error']:.3f} {found['active']:6} "
+            f"{found['epochs']:6} {found['minutes']:7}   {paper or ''}{f' ({active})' if active else ''}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
