@@ -21,7 +21,6 @@ from pyrovae.conditionals.transforms import (
     Autoregressive,
     Coupling,
     of_halves,
-    spline,
 )
 from pyrovae.nets import MLP, Activation, Constant, MaskedMLP, _check_sizes
 
@@ -316,7 +315,7 @@ class NeuralSplineFlow(Flow):
 
     @property
     def parts(self) -> dict[str, Any]:
-        """What theta is given z_a and h, and whether z_a is the last half; the spline and its box."""
+        """What theta is given z_a and h, and whether z_a is the last half; the spline's box."""
         size = self.dim - self.dim // 2
         steps = [(partial(of_halves, net, size=size), t % 2 == 1) for t, net in enumerate(self.nets)]
-        return {"steps": steps, "spline": lambda x, theta: spline(x, theta)[0], "bound": SPLINE_BOUND}
+        return {"steps": steps, "bound": SPLINE_BOUND, "least": SPLINE_LEAST}
