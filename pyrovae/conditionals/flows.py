@@ -170,7 +170,7 @@ class InverseAutoregressiveFlow(Flow):
         steps: int = 4,
         context_dim: int = 0,
         step_hidden: Sequence[int] | None = None,
-        step_activation: Activation = "elu",
+        step_activation: Activation = "tanh",
     ):
         super().__init__(net, dim, steps, context_dim)
         self.step_hidden, self.step_activation = step_hidden, step_activation
@@ -213,7 +213,7 @@ class MaskedAutoregressiveFlow(Flow):
         steps: int = 4,
         context_dim: int = 0,
         step_hidden: Sequence[int] | None = None,
-        step_activation: Activation = "elu",
+        step_activation: Activation = "tanh",
     ):
         super().__init__(net, dim, steps, context_dim)
         self.step_hidden, self.step_activation = step_hidden, step_activation
@@ -251,7 +251,7 @@ class RealNVP(Flow):
         steps: int = 4,
         context_dim: int = 0,
         step_hidden: Sequence[int] | None = None,
-        step_activation: Activation = "elu",
+        step_activation: Activation = "tanh",
     ):
         super().__init__(net, dim, steps, context_dim)
         self.step_hidden, self.step_activation = step_hidden, step_activation
@@ -301,7 +301,7 @@ class NeuralSplineFlow(Flow):
         context_dim: int = 0,
         bins: int = 8,
         step_hidden: Sequence[int] | None = None,
-        step_activation: Activation = "elu",
+        step_activation: Activation = "tanh",
     ):
         super().__init__(net, dim, steps, context_dim)
         if not 2 <= bins < 1 / SPLINE_LEAST:

@@ -158,7 +158,8 @@ def _unspline(y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
     a = (y1 - y0) * (slope - d0) + rise * (d1 + d0 - 2 * slope)
     b = (y1 - y0) * d0 - rise * (d1 + d0 - 2 * slope)
     c = -slope * rise
-    t = 2 * c / (-b - (b**2 - 4 * a * c).sqrt())
+    root = (b**2 - 4 * a * c).clamp(min=torch.finfo(y.dtype).tiny).sqrt()  # rounding may take it below 0
+    t = 2 * c / (-b - root)
     x = torch.where(y.abs() < SPLINE_BOUND, x0 + t * (x1 - x0), y)
     return x, spline(x, params)[1]
 
