@@ -134,6 +134,74 @@ class MLP(nn.Module):
         return out
 
 
+class MaskedMLP(nn.Module):
+    """An autoregressive network: what it says of x_i depends on x_1 ... x_{i-1} and the context alone.
+
+    Every input has a degree, its place in the order, and every hidden unit one too; a unit sees those of a degree not
+    above its own, an output those of a degree below its own. All other weights are masked out, exactly.
+
+    Args:
+        dim: size of x.
+        outputs: how many numbers are said of each x_i.
+        hidden: units of each hidden layer; each must have a unit for every degree.
+        context_dim: size of the context, which everything may depend on.
+        activation: after every hidden layer.
+        reverse: the order is x_dim ... x_1.
+
+    Raises:
+        ValueError: for a size that is not positive, a hidden layer too narrow, or an unknown activation.
+
+    Source:
+        Germain et al. (2015), MADE, eq. 12 and 13.
+
+    Example:
+        >>> net = MaskedMLP(3, outputs=2, hidden=(8,), context_dim=4)
+        >>> net(torch.zeros(5, 3), torch.zeros(5, 4)).shape
+        torch.Size([5, 2, 3])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        outputs: int = 2,
+        hidden: Sequence[int] = (100,),
+        context_dim: int = 0,
+        activation: Activation = "relu",
+        reverse: bool = False,
+    ):
+        super().__init__()
+        _check_sizes(dim=dim, outputs=outputs, **{f"hidden[{i}]": size for i, size in enumerate(hidden)})
+        self.dim, self.outputs, self.hidden, self.context_dim = dim, outputs, tuple(hidden), context_dim
+        self.activation, self.reverse = activation, reverse
+        place = torch.arange(1, dim + 1).flip(0) if reverse else torch.arange(1, dim + 1)
+        least = 0 if context_dim or dim == 1 else 1  # units of degree 0 see the context alone
+        if min(hidden, default=dim) < dim - least:
+            raise ValueError(f"Expected hidden layers of at least {dim - least} units, one a degree; got {self.hidden}")
+        units = [least + torch.arange(size) % (dim - least) for size in hidden]
+        degrees = [place, *units, place.repeat(outputs) - 1]
+        self.order = place.argsort().tolist()
+        self.function = _activation(activation)()
+        self.layers = nn.ModuleList(nn.Linear(len(below), len(above)) for below, above in pairwise(degrees))
+        for i, (below, above) in enumerate(pairwise(degrees)):
+            mask = (above.unsqueeze(1) >= below).to(torch.get_default_dtype())
+            self.register_buffer(f"mask_{i}", mask, persistent=False)
+        self.context = nn.Linear(context_dim, len(degrees[1]), bias=False) if context_dim else None
+        _glorot(self)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """x `(*, dim)` and a context `(*, context_dim)`, broadcast against each other, to `(*, outputs, dim)`."""
+        for i, layer in enumerate(self.layers):
+            assert isinstance(layer, nn.Linear)
+            x = nn.functional.linear(x if i == 0 else self.function(x), layer.weight * self.mask(i), layer.bias)
+            if i == 0 and self.context is not None:
+                x = x + self.context(context)
+        return x.unflatten(-1, (self.outputs, self.dim))
+
+    def mask(self, i: int) -> Tensor:
+        """Ones where a weight of layer i counts, zeros elsewhere."""
+        return self.get_buffer(f"mask_{i}")
+
+
 def _halvings(image_shape: Sequence[int], channels: Sequence[int]) -> list[tuple[int, int]]:
     """Heights and widths before and after each stride-2 convolution."""
     if len(image_shape) != 3:

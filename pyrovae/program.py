@@ -16,6 +16,7 @@ from torch.distributions import OneHotCategorical
 from pyrovae.data import Batch, as_batch
 from pyrovae.labels import Fixed, Label, site_of, without
 
+MEAN_DRAWS = 1000  # for the mean of a latent whose family knows none, as a flow
 _DOT = "%2E"  # torch forbids "." in a parameter's name; Pyro's names have it
 
 
@@ -112,6 +113,8 @@ class LatentModel(nn.Module):
 
     def encode(self, x: Any, site: str | None = None, *, sample: bool = False) -> Tensor:
         """The posterior mean E_q[z | x] (of a class the mode), `(N, D)`, or a draw from q(z | x).
+
+        A flow's mean has no closed form: it is estimated by 1000 draws, the same ones at every call.
 
         Args:
             x: data `(N, D)`, a batch or a `Data`.
@@ -287,6 +290,15 @@ def _data_value(sites: list[Any], mean: bool) -> Tensor:
     return sites[0]["fn"].mean if mean else sites[0]["value"]
 
 
+def _estimated_mean(fn: Any) -> Tensor:
+    """The mean of MEAN_DRAWS draws, the same at every call: torch's generators are left as they were."""
+    at_once = max(1, min(MEAN_DRAWS, 10_000 // max(1, fn.batch_shape.numel())))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        parts = torch.ones(MEAN_DRAWS).split(at_once)
+        return torch.stack([fn.sample(part.shape).sum(0) for part in parts]).sum(0) / MEAN_DRAWS
+
+
 class _Reader(Messenger):
     """Notes the sample sites that a program passes; on request puts each latent at its mean."""
 
@@ -300,8 +312,8 @@ class _Reader(Messenger):
             return
         try:
             mean = msg["fn"].mean
-        except NotImplementedError:  # a flow's mean has no closed form: it is drawn
-            return
+        except NotImplementedError:
+            mean = _estimated_mean(msg["fn"])
         # that of a class is no class, or NaN
         is_class = isinstance(msg["fn"], OneHotCategorical) or bool(mean.isnan().all())
         msg["value"] = msg["fn"].mode if is_class else mean

@@ -15,7 +15,7 @@ from pyrovae import LatentModel, conditionals, models
 PACKAGE = Path(pyrovae.__file__).parent
 FLOORS = [
     ("nets", "reference", "weights", "sources", "watch", "inductor"),
-    ("data",),
+    ("data", "reference_flows"),
     ("conditionals", "labels"),
     ("program",),
     ("functions", "traces", "compiled"),
@@ -68,6 +68,8 @@ def test_models_never_import_each_other_and_floor_0_has_no_pyro(path):
 
 def test_reference_imports_torch_and_math_alone():
     assert {name.split(".")[0] for name in imported(PACKAGE / "reference.py")} == {"math", "collections", "torch"}
+    flows = {name for name in imported(PACKAGE / "reference_flows.py") if name.startswith("pyrovae")}
+    assert all(name.startswith("pyrovae.reference") for name in flows)
 
 
 def test_no_drawer():

@@ -12,7 +12,13 @@ from pyrovae.conditionals import (
     Conditional,
     DiagonalNormal,
     FullNormal,
+    HouseholderFlow,
+    InverseAutoregressiveFlow,
+    MaskedAutoregressiveFlow,
+    NeuralSplineFlow,
     OneHotCategorical,
+    PlanarFlow,
+    RealNVP,
     StandardNormal,
     UnitNormal,
 )
@@ -25,6 +31,23 @@ CONDITIONALS: dict[str, Callable[[], Conditional]] = {
     "Bernoulli": lambda: Bernoulli.mlp(4, 3, hidden=(5,)),
     "OneHotCategorical": lambda: OneHotCategorical.mlp(4, 3, hidden=(5,)),
     "OneHotCategorical uniform": lambda: OneHotCategorical.uniform(3),
+}
+# small ones, and their options
+FLOWS = {
+    InverseAutoregressiveFlow: {"steps": 2, "step_hidden": (6,)},
+    MaskedAutoregressiveFlow: {"steps": 2, "step_hidden": (6,)},
+    RealNVP: {"steps": 2, "step_hidden": (6,)},
+    NeuralSplineFlow: {"steps": 2, "step_hidden": (6,), "bins": 4},
+    PlanarFlow: {"steps": 2},
+    HouseholderFlow: {"steps": 2},
+}
+CONDITIONALS |= {
+    name: make
+    for flow, options in FLOWS.items()
+    for name, make in {
+        flow.__name__: lambda flow=flow, options=options: flow.mlp(4, 3, hidden=(5,), **options),
+        f"{flow.__name__} root": lambda flow=flow, options=options: flow.root(3, **options),
+    }.items()
 }
 POSTERIORS = (DiagonalNormal, UnitNormal, FullNormal)
 LIKELIHOODS = (Bernoulli, UnitNormal, DiagonalNormal, FullNormal)
@@ -64,6 +87,24 @@ PROGRAMS: dict[str, Entry] = {
     ),
     "LinearGaussian exact": Entry(lambda: LinearGaussian(4, 2), 4, False),
     "LinearGaussian amortized": Entry(lambda: LinearGaussian(4, 2, DiagonalNormal.mlp(4, 2, hidden=())), 4, False),
+}
+
+
+def _flow_vae(flow: type[Conditional], posterior: bool) -> Entry:
+    options = FLOWS[flow]
+
+    def make() -> LatentModel:
+        prior = StandardNormal(3) if posterior else flow.root(3, **options)
+        q = flow.mlp(6, 3, (8,), **options) if posterior else DiagonalNormal.mlp(6, 3, (8,))
+        return VAE(prior, Bernoulli.mlp(3, 6, (7,)), q)
+
+    return Entry(make, 6, True)
+
+
+PROGRAMS |= {f"VAE {flow.__name__}": _flow_vae(flow, posterior=True) for flow in FLOWS}
+PROGRAMS |= {
+    f"VAE {flow.__name__} prior": _flow_vae(flow, posterior=False)
+    for flow in (InverseAutoregressiveFlow, MaskedAutoregressiveFlow, RealNVP, NeuralSplineFlow)
 }
 
 
