@@ -30,6 +30,12 @@ def _check_sizes(**sizes: int) -> None:
             raise ValueError(f"Expected {name} to be a positive whole number; got {size!r}")
 
 
+def _check_hidden(hidden: Sequence[int]) -> None:
+    if isinstance(hidden, int):
+        raise ValueError(f"Expected hidden to be a sequence of sizes, as (200, 200); got {hidden}")
+    _check_sizes(**{f"hidden[{i}]": size for i, size in enumerate(hidden)})
+
+
 def _check_input(x: Tensor, dim: int, module: nn.Module) -> None:
     if x.dim() < 1 or x.shape[-1] != dim:
         raise ValueError(f"Expected the network's input to have shape (*, {dim}); got {tuple(x.shape)}")
@@ -86,6 +92,7 @@ class MLP(nn.Module):
         out_dim: size of the last dimension of the output.
         hidden: units of each hidden layer; empty for a linear map.
         activation: after every hidden layer: tanh, relu, elu, softplus or silu.
+        out_bias: whether a constant is added to the output.
 
     Raises:
         ValueError: for a size that is not positive or an unknown activation.
@@ -96,17 +103,24 @@ class MLP(nn.Module):
         torch.Size([5, 100])
     """
 
-    def __init__(self, in_dim: int, out_dim: int, hidden: Sequence[int] = (200, 200), activation: Activation = "tanh"):
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        hidden: Sequence[int] = (200, 200),
+        activation: Activation = "tanh",
+        out_bias: bool = True,
+    ):
         super().__init__()
-        if isinstance(hidden, int):
-            raise ValueError(f"Expected hidden to be a sequence of sizes, as (200, 200); got {hidden}")
+        _check_hidden(hidden)
         self.in_dim, self.out_dim, self.hidden, self.activation = in_dim, out_dim, tuple(hidden), activation
-        _check_sizes(in_dim=in_dim, out_dim=out_dim, **{f"hidden[{i}]": size for i, size in enumerate(hidden)})
+        self.out_bias = out_bias
+        _check_sizes(in_dim=in_dim, out_dim=out_dim)
         sizes, function = [in_dim, *hidden], _activation(activation)
         layers: list[nn.Module] = []
         for size, next_size in pairwise(sizes):
             layers += [nn.Linear(size, next_size), function()]
-        self.layers = nn.Sequential(*layers, nn.Linear(sizes[-1], out_dim))
+        self.layers = nn.Sequential(*layers, nn.Linear(sizes[-1], out_dim, bias=out_bias))
         _glorot(self)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -126,12 +140,73 @@ class MLP(nn.Module):
         first = self.layers[0]
         assert isinstance(first, nn.Linear)
         weights = first.weight.split(sizes, 1)
-        out = first.bias
+        out = first.weight.new_zeros(()) if first.bias is None else first.bias
         for part, weight in zip(parts, weights, strict=True):
             out = out + part @ weight.T
         for layer in list(self.layers)[1:]:
             out = layer(out)
         return out
+
+
+class _MaskedLinear(nn.Linear):
+    """A linear map, some of whose weights are held at zero by a mask `(out, in)`."""
+
+    mask: Tensor
+
+    def __init__(self, mask: Tensor):
+        super().__init__(mask.shape[1], mask.shape[0])
+        self.register_buffer("mask", mask.to(self.weight.dtype), persistent=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`(*, in)` to `(*, out)`."""
+        return nn.functional.linear(input, self.weight * self.mask, self.bias)
+
+
+class MaskedMLP(nn.Module):
+    """A perceptron whose i-th outputs depend on the inputs before the i-th alone (MADE, Germain et al. 2015).
+
+    Input i has degree i = 1, ..., D; hidden units have degrees from 1 to D - 1, evenly. A hidden unit sees degrees up
+    to its own, an output of i degrees below i.
+
+    Args:
+        in_dim: D, size of the last dimension of the input.
+        out_per_dim: how many numbers are given for each input.
+        hidden: units of each hidden layer; empty for a strictly lower triangular linear map.
+        activation: after every hidden layer.
+
+    Raises:
+        ValueError: for a size that is not positive or an unknown activation.
+
+    Source:
+        Germain et al. (2015), eq. 8 to 13.
+
+    Example:
+        >>> import torch
+        >>> MaskedMLP(3, 2, hidden=(5,))(torch.zeros(7, 3)).shape
+        torch.Size([7, 6])
+    """
+
+    def __init__(
+        self, in_dim: int, out_per_dim: int, hidden: Sequence[int] = (200, 200), activation: Activation = "tanh"
+    ):
+        super().__init__()
+        _check_hidden(hidden)
+        _check_sizes(in_dim=in_dim, out_per_dim=out_per_dim)
+        self.in_dim, self.out_per_dim, self.hidden, self.activation = in_dim, out_per_dim, tuple(hidden), activation
+        function, inputs = _activation(activation), torch.arange(1, in_dim + 1)
+        degrees, layers = inputs, list[nn.Module]()
+        for size in hidden:
+            next_degrees = 1 + torch.arange(size) * (in_dim - 1) // size
+            layers += [_MaskedLinear(next_degrees.unsqueeze(-1) >= degrees), function()]
+            degrees = next_degrees
+        outputs = inputs.repeat(out_per_dim).unsqueeze(-1)
+        self.layers = nn.Sequential(*layers, _MaskedLinear(outputs > degrees))
+        _glorot(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(*, D)` to `(*, out_per_dim * D)`: the first number of all inputs, then the second of all."""
+        _check_input(x, self.in_dim, self)
+        return self.layers(x)
 
 
 def _halvings(image_shape: Sequence[int], channels: Sequence[int]) -> list[tuple[int, int]]:

@@ -51,14 +51,93 @@ def log_one_hot(y: Tensor, logits: Tensor) -> Tensor:
     return (y * (logits - torch.logsumexp(logits, -1, keepdim=True))).sum(-1)
 
 
+def log_floor_normal(x: Tensor, eta: Tensor, floor: float) -> Tensor:
+    """log N(x; mu, diag((floor + s)^2)) with eta = (mu, log s) `(*, 2 X)`, `(*)`."""
+    mu, log_s = _split(eta, eta.shape[-1] // 2)
+    sigma = floor + torch.exp(log_s)
+    return log_standard_normal((x - mu) / sigma) - torch.log(sigma).sum(-1)
+
+
+def log_categorical(x: Tensor, eta: Tensor, num_classes: int) -> Tensor:
+    """sum_i l_{x_i, i} - log sum_c exp l_ci for logits eta `(*, C X)` and x_i in 0, ..., C - 1, `(*)`."""
+    logits = eta.unflatten(-1, (num_classes, -1))
+    classes = torch.arange(num_classes, device=x.device).unsqueeze(-1)
+    return (torch.where(x.unsqueeze(-2) == classes, logits, 0).sum(-2) - torch.logsumexp(logits, -2)).sum(-1)
+
+
+def log_continuous_bernoulli(x: Tensor, logits: Tensor) -> Tensor:
+    """sum_i x_i l_i - log(1 + exp l_i) + log C_i, C = l / tanh(l / 2), at l = 0 equal to 2, `(*)`."""
+    far = torch.where(logits == 0, 1, logits)
+    log_c = torch.where(logits == 0, math.log(2), torch.log(far / torch.tanh(far / 2)))
+    return log_bernoulli(x, logits) + log_c.sum(-1)
+
+
+def log_discretized_logistics(x: Tensor, eta: Tensor, num_components: int) -> Tensor:
+    """sum_i log sum_k pi_ik (F_ik(c_i + 1/255) - F_ik(c_i - 1/255)), c = 2 x - 1, eta = (mu, log s, log pi), `(*)`.
+
+    F(c) = sigmoid((c - mu) / s), but 1 above c = 1 and 0 below c = -1.
+    """
+    mu, log_s, log_pi = eta.unflatten(-1, (3, num_components, -1)).unbind(-3)
+    c, s = (2 * x - 1).unsqueeze(-2), torch.exp(log_s.clamp(min=-7))
+    above = torch.where(c > 1 - 1 / 255, 1, torch.sigmoid((c + 1 / 255 - mu) / s))
+    below = torch.where(c < -1 + 1 / 255, 0, torch.sigmoid((c - 1 / 255 - mu) / s))
+    return torch.log((torch.softmax(log_pi, -2) * (above - below)).sum(-2)).sum(-1)
+
+
+def log_pixels(x: Tensor, eta: Tensor, net: Density) -> Tensor:
+    """sum_i log Bernoulli(x_i; l_i), l = net(x, eta) with l_i a function of x_<i and eta alone, `(*)`."""
+    return log_bernoulli(x, net(x, eta))
+
+
 # By the names of the families. A family that needs more than eta has it as keyword arguments (`Conditional.parts`).
 LIKELIHOODS: dict[str, Callable[..., Tensor]] = {
     "Bernoulli": log_bernoulli,
     "UnitNormal": log_unit_normal,
     "DiagonalNormal": log_diagonal_normal,
     "FullNormal": log_full_normal,
+    "FloorNormal": log_floor_normal,
+    "Categorical": log_categorical,
+    "ContinuousBernoulli": log_continuous_bernoulli,
+    "DiscretizedLogisticMixture": log_discretized_logistics,
+    "PixelCNN": log_pixels,
 }
-PRIORS: dict[str, Callable[..., Tensor]] = {"StandardNormal": lambda z, eta: log_standard_normal(z)}
+
+
+# --- priors ----------------------------------------------------------------------------------------
+
+
+def log_mixture_of_normals(z: Tensor, eta: Tensor, num_components: int) -> Tensor:
+    """log sum_k pi_k N(z; mu_k, diag(sigma_k^2)) with eta = (log pi, mu, log sigma), log pi up to a constant, `(*)`."""
+    log_pi, mu, log_sigma = _split(eta, num_components, num_components * z.shape[-1])
+    eta_k = torch.cat([mu.unflatten(-1, (num_components, -1)), log_sigma.unflatten(-1, (num_components, -1))], -1)
+    return torch.logsumexp(torch.log_softmax(log_pi, -1) + log_diagonal_normal(z.unsqueeze(-2), eta_k), -1)
+
+
+def log_vamp(z: Tensor, eta: Tensor, posterior: tuple[Posterior, Density]) -> Tensor:
+    """log (1 / K) sum_k q(z | u_k), eta `(K, E)` the posterior's at u_k  (Tomczak and Welling 2018, 9), `(*)`."""
+    transform, noise = posterior
+    z_k = z.unsqueeze(-2).expand(*z.shape[:-1], len(eta), -1)
+    eta_k = eta.expand(*z_k.shape[:-1], -1)
+    return torch.logsumexp(transform(noise(z_k, eta_k), eta_k)[1], -1) - math.log(len(eta))
+
+
+def log_autoregressive_normal(z: Tensor, eta: Tensor, net: Net) -> Tensor:
+    """log prod_i N(z_i; mu_i, sigma_i^2), (mu, log sigma) = net(z), mu_i and sigma_i functions of z_<i alone, `(*)`."""
+    return log_diagonal_normal(z, net(z))
+
+
+def log_energy(z: Tensor, eta: Tensor, energy: Net, log_z: Tensor) -> Tensor:
+    """-E(z) + log N(z; 0, I) - log Z, `(*)`."""
+    return log_standard_normal(z) - energy(z) - log_z
+
+
+PRIORS: dict[str, Callable[..., Tensor]] = {
+    "StandardNormal": lambda z, eta: log_standard_normal(z),
+    "MixtureOfNormals": log_mixture_of_normals,
+    "VampPrior": log_vamp,
+    "AutoregressivePrior": log_autoregressive_normal,
+    "EnergyPrior": log_energy,
+}
 
 
 # --- posteriors: z = g(eps, eta), log q(z | x) = log p(eps) - log |det dz / d eps|  (2.33) ---------
