@@ -93,13 +93,16 @@ def fill(program: LatentModel, tensors: Mapping[str, Tensor], source: str) -> No
     """Copy weights into a program, or raise ValueError and leave it as it was."""
     check_arguments(program)
     own = program.state_dict()
-    tensors = {
-        **tensors,
-        **{name: tensors[first] for name, first in _second_names(program).items() if first in tensors},
-    }
+    again = {name: first for name, first in _second_names(program).items() if first in tensors}
+    problems = [
+        f"has {name} other than {first}, which are one"
+        for name, first in again.items()
+        if not torch.equal(tensors.get(name, tensors[first]), tensors[first])
+    ]
+    tensors = {**tensors, **{name: tensors[first] for name, first in again.items()}}
     # pyro.param values that the program has not met yet, since it has not run
     new = {name: value for name, value in tensors.items() if name.startswith("pyro_params.") and name not in own}
-    problems = [f"lacks {name}" for name in own.keys() - tensors.keys()]
+    problems += [f"lacks {name}" for name in own.keys() - tensors.keys()]
     problems += [f"has {name} too" for name in tensors.keys() - own.keys() - new.keys()]
     problems += [
         f"has {name} of shape {tuple(tensors[name].shape)} in the place of {tuple(value.shape)}"

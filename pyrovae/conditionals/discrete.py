@@ -132,7 +132,17 @@ class _Classes(dist.Categorical):
             -1
         )
 
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log pi_x; of what is no class minus infinity, where validation does not refuse it."""
+        if self._validate_args:
+            self._validate_sample(value)
+        classes = value.long().clamp(0, self.logits.shape[-1] - 1)
+        logits = self.logits.expand(*torch.broadcast_shapes(value.shape, self.batch_shape), -1)
+        log_p = logits.gather(-1, classes.expand(logits.shape[:-1]).unsqueeze(-1)).squeeze(-1)
+        return torch.where(classes == value, log_p, -torch.inf)
+
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+        """Classes as numbers."""
         return super().sample(sample_shape).to(self.logits.dtype)
 
 
