@@ -20,6 +20,7 @@ from pyrovae.conditionals import (
     VampPrior,
 )
 from pyrovae.nets import MLP, MaskedMLP
+from pyrovae.survey import Survey
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -35,7 +36,7 @@ PRIORS = {
     "VampPrior": lambda dim: VampPrior(DiagonalNormal.mlp(4, dim, (5,)), 4, 3),
     "VampPrior FullNormal": lambda dim: VampPrior(FullNormal.mlp(4, dim, (5,)), 4, 3, unit_interval=False),
     "AutoregressivePrior": lambda dim: AutoregressivePrior(dim, (6,)),
-    "EnergyPrior": lambda dim: EnergyPrior.mlp(0, dim, (6,), num_samples=20_000, num_candidates=2000),
+    "EnergyPrior": lambda dim: EnergyPrior.mlp(0, dim, (6,), num_samples=20_000, num_candidates=500),
 }
 everyone = pytest.mark.parametrize("name", PRIORS)
 STEP, CELL = 0.05, 1.0  # of the grid of midpoints, and of the cells in which draws are counted
@@ -199,6 +200,13 @@ def test_pseudo_inputs_start_from_data():
     ):
         with pytest.raises(ValueError, match=message):
             prior.start_from(bad)
+
+
+def test_all_components_are_counted_where_memory_is_planned():
+    x = (torch.rand(5, 6) > 0.5).double()
+    q = DiagonalNormal.mlp(6, 2, (5,))
+    many = VAE(VampPrior(q, 6, 300), Bernoulli.mlp(2, 6, (5,)), q)
+    assert Survey.of(many, {"x": x}).width >= 300 * 2
 
 
 # --- autoregressive --------------------------------------------------------------------------------

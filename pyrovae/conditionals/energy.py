@@ -21,8 +21,9 @@ class EnergyPrior(Conditional):
     log Z is estimated by the log mean of exp(-E) over S draws from N(0, I). In training mode each call of `log_prob`
     draws anew, so that gradients carry the learning of log Z. In eval mode the S draws are always the same, made once
     by a generator of their own: all data and particles share one log Z, which is the one that `log_normalizer()`
-    gives with its standard error. An error of log Z shifts log p(x) of all data together, and no other error has it
-    in it. The estimate is consistent and biased: log Z is too small by about half its squared standard error.
+    gives with its standard error. Its error shifts log p(x) of all data by as much, and is not in the standard error
+    of an evaluation: report both. The estimate is consistent and biased: log Z is too small, and so log p(x) too
+    large, by about half the squared standard error.
 
     Draws are approximate, by sampling-importance-resampling: one of C candidates from N(0, I), chosen with probability
     proportional to exp(-E). Their error falls as 1 / C.
