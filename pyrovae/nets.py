@@ -178,7 +178,7 @@ class MaskedMLP(nn.Module):
         ValueError: for a size that is not positive or an unknown activation.
 
     Source:
-        Germain et al. (2015), eq. 8 to 13.
+        Germain et al. (2015), sections 3 and 4.
 
     Example:
         >>> import torch

@@ -114,7 +114,7 @@ def log_mixture_of_normals(z: Tensor, eta: Tensor, num_components: int) -> Tenso
 
 
 def log_vamp(z: Tensor, eta: Tensor, posterior: tuple[Posterior, Density]) -> Tensor:
-    """log (1 / K) sum_k q(z | u_k), eta `(K, E)` the posterior's at u_k  (Tomczak and Welling 2018, 9), `(*)`."""
+    """log (1 / K) sum_k q(z | u_k), eta `(K, E)` the posterior's at u_k  (Tomczak and Welling 2018), `(*)`."""
     transform, noise = posterior
     z_k = z.unsqueeze(-2).expand(*z.shape[:-1], len(eta), -1)
     eta_k = eta.expand(*z_k.shape[:-1], -1)

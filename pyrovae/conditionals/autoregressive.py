@@ -93,7 +93,7 @@ class PixelCNN(Conditional):
         ValueError: for a shape or size that is not positive, or an even kernel_size.
 
     Source:
-        van den Oord et al. (2016), sections 3.3 and 3.4; with latents, Gulrajani et al. (2017).
+        van den Oord et al. (2016), Pixel Recurrent Neural Networks; with latents, Gulrajani et al. (2017).
 
     Example:
         >>> PixelCNN.mlp(50, 784, image_shape=(1, 28, 28))(torch.zeros(3, 50)).event_shape

@@ -38,7 +38,7 @@ class EnergyPrior(Conditional):
         ValueError: for a size below 1.
 
     Source:
-        Pang et al. (2020), eq. 3; there draws and gradients are by short chains of Langevin dynamics. Rubin (1988) for
+        Pang et al. (2020); there draws and gradients are by short chains of Langevin dynamics. Rubin (1988) for
         sampling-importance-resampling.
 
     Example:

@@ -21,7 +21,7 @@ class ContinuousBernoulli(Conditional):
     The mean is not lambda but 1 / (1 - e^-l) - 1 / l.
 
     Source:
-        Loaiza-Ganem and Cunningham (2019), eq. 4 to 8, written in l.
+        Loaiza-Ganem and Cunningham (2019), written in l.
 
     Example:
         >>> ContinuousBernoulli.mlp(50, 784)(torch.zeros(3, 50)).event_shape

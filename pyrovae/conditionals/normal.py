@@ -108,7 +108,7 @@ class FloorNormal(Conditional):
         ValueError: for a floor that is not positive and finite.
 
     Source:
-        Mattei and Frellsen (2018), section 2, on likelihoods that are unbounded, and bounds that make them finite.
+        Mattei and Frellsen (2018), on likelihoods that are unbounded and constraints that bound them.
 
     Example:
         >>> FloorNormal.mlp(20, 560, floor=0.1)(torch.zeros(3, 20)).stddev.min().item()

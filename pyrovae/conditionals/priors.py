@@ -49,7 +49,7 @@ class MixtureOfNormals(Conditional):
         ValueError: for a size or K below 1.
 
     Source:
-        Dilokthanakul et al. (2016), section 3; a prior of one level, without their classes.
+        Dilokthanakul et al. (2016), of whose model this is the innermost part; Tomczak and Welling (2018) compare it.
 
     Example:
         >>> MixtureOfNormals(2, 10)().event_shape
@@ -104,7 +104,7 @@ class VampPrior(Conditional):
         ValueError: for a size or K below 1, or an x_dim that is not the size of the posterior's input.
 
     Source:
-        Tomczak and Welling (2018), eq. 9.
+        Tomczak and Welling (2018), section 3.
 
     Example:
         >>> from pyrovae import VAE
