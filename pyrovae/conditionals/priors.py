@@ -49,7 +49,7 @@ class MixtureOfNormals(Conditional):
         ValueError: for a size or K below 1.
 
     Source:
-        Dilokthanakul et al. (2016), of whose model this is the innermost part; Tomczak and Welling (2018) compare it.
+        Tomczak and Welling (2018), who compare it with the VampPrior.
 
     Example:
         >>> MixtureOfNormals(2, 10)().event_shape
