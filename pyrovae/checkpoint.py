@@ -9,6 +9,7 @@ import pickle
 import random
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ def save(program: LatentModel, path: str | Path) -> None:
 
 def save_weights(program: LatentModel, weights: Mapping[str, Tensor], path: Path) -> None:
     """Write weights that the program had, with its configuration."""
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in weights.items()}
+    again = _second_names(program)
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in weights.items() if name not in again}
     about = {"version": version("pyrovae"), "program": type(program).__name__, "config": describe(program)}
     metadata = {"pyrovae": json.dumps(about)}  # one entry: safetensors does not keep the order of several
     write_whole(path, lambda file: file.write_bytes(to_bytes(tensors, metadata)))
@@ -91,9 +93,16 @@ def fill(program: LatentModel, tensors: Mapping[str, Tensor], source: str) -> No
     """Copy weights into a program, or raise ValueError and leave it as it was."""
     check_arguments(program)
     own = program.state_dict()
+    again = {name: first for name, first in _second_names(program).items() if first in tensors}
+    problems = [
+        f"has {name} other than {first}, which are one"
+        for name, first in again.items()
+        if not torch.equal(tensors.get(name, tensors[first]), tensors[first])
+    ]
+    tensors = {**tensors, **{name: tensors[first] for name, first in again.items()}}
     # pyro.param values that the program has not met yet, since it has not run
     new = {name: value for name, value in tensors.items() if name.startswith("pyro_params.") and name not in own}
-    problems = [f"lacks {name}" for name in own.keys() - tensors.keys()]
+    problems += [f"lacks {name}" for name in own.keys() - tensors.keys()]
     problems += [f"has {name} too" for name in tensors.keys() - own.keys() - new.keys()]
     problems += [
         f"has {name} of shape {tuple(tensors[name].shape)} in the place of {tuple(value.shape)}"
@@ -106,6 +115,13 @@ def fill(program: LatentModel, tensors: Mapping[str, Tensor], source: str) -> No
     for name, value in new.items():
         program.pyro_params[name.removeprefix("pyro_params.")] = nn.Parameter(value.clone())
     program.load_state_dict(dict(tensors))
+
+
+def _second_names(program: nn.Module) -> dict[str, str]:
+    """The names under which a tensor of the program comes again, as one shared by two networks, with its first."""
+    first: dict[int, str] = {}
+    everywhere = program.named_parameters(remove_duplicate=False), program.named_buffers(remove_duplicate=False)
+    return {name: first[id(t)] for name, t in chain(*everywhere) if first.setdefault(id(t), name) != name}
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -152,6 +168,8 @@ def _own_classes() -> dict[str, type[nn.Module]]:
 def describe(value: Any) -> Any:
     """A module of pyrovae's own classes as JSON: `{"class": ..., "arguments": {...}}`; None for any other.
 
+    A module that comes again, as a posterior that a prior shares, is `{"shared": "prior.posterior"}`, its first place.
+
     Example:
         >>> from pyrovae.conditionals import UnitNormal
         >>> from pyrovae.nets import MLP
@@ -159,37 +177,50 @@ def describe(value: Any) -> Any:
         3
     """
     try:
-        return _describe(value)
+        return _describe(value, "", {})
     except LookupError:
         return None
 
 
-def _describe(value: Any) -> Any:
+def _describe(value: Any, place: str, seen: dict[int, str]) -> Any:
     if isinstance(value, list | tuple):
-        return [_describe(item) for item in value]
+        return [_describe(item, f"{place}.{i}", seen) for i, item in enumerate(value)]
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if id(value) in seen:
+        return {"shared": seen[id(value)]}
     name = type(value).__name__
     if _own_classes().get(name) is not type(value):
         raise LookupError(name)
+    seen[id(value)] = place.removeprefix(".")
     arguments = inspect.signature(type(value)).parameters
-    return {"class": name, "arguments": {argument: _describe(getattr(value, argument)) for argument in arguments}}
+    return {"class": name, "arguments": {a: _describe(getattr(value, a), f"{place}.{a}", seen) for a in arguments}}
 
 
 def build(config: Any) -> Any:
     """The module that `describe` described, newly initialised.
 
     Raises:
-        ValueError: for a class that is not pyrovae's own.
+        ValueError: for a class that is not pyrovae's own, or a shared module that is in no place before.
     """
+    return _build(config, "", {})
+
+
+def _build(config: Any, place: str, built: dict[str, nn.Module]) -> Any:
     if isinstance(config, list):
-        return [build(item) for item in config]
+        return [_build(item, f"{place}.{i}", built) for i, item in enumerate(config)]
     if not isinstance(config, dict):
         return config
+    if "shared" in config:
+        if config["shared"] not in built:
+            raise ValueError(f"Expected a module that is shared to be described before; got {config['shared']!r}")
+        return built[config["shared"]]
     classes = _own_classes()
     if config.get("class") not in classes:
         raise ValueError(f"Expected one of pyrovae's own classes; got {config.get('class')!r}")
-    return classes[config["class"]](**{name: build(value) for name, value in config["arguments"].items()})
+    arguments = {name: _build(value, f"{place}.{name}", built) for name, value in config["arguments"].items()}
+    module = built[place.removeprefix(".")] = classes[config["class"]](**arguments)
+    return module
 
 
 # --- run folders -----------------------------------------------------------------------------------

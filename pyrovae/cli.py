@@ -27,6 +27,9 @@ LIKELIHOODS = {
     "bernoulli": conditionals.Bernoulli,
     "unit-normal": conditionals.UnitNormal,
     "normal": conditionals.DiagonalNormal,
+    "floor-normal": conditionals.FloorNormal,
+    "continuous": conditionals.ContinuousBernoulli,
+    "logistics": conditionals.DiscretizedLogisticMixture,
 }
 POSTERIORS = {"diagonal": conditionals.DiagonalNormal, "full": conditionals.FullNormal}
 MAY_CHANGE = ("epochs", "patience", "device", "num_particles", "resume", "out")  # of a run that is resumed
@@ -44,8 +47,8 @@ class Train:
     """How grey values become binary; auto: dynamic for a bernoulli likelihood, unless the data are binary already."""
     posterior: Literal["diagonal", "full"] = "diagonal"
     """Covariance of q(z | x)."""
-    likelihood: Literal["bernoulli", "unit-normal", "normal"] = "bernoulli"
-    """Family of p(x | z)."""
+    likelihood: Literal["bernoulli", "unit-normal", "normal", "floor-normal", "continuous", "logistics"] = "bernoulli"
+    """Family of p(x | z); continuous: Bernoulli on [0, 1]; logistics: of values k / 255."""
     labels: int = 100
     """m2: how many training data keep their label, equally many of each class."""
     supervised_weight: float | None = None
@@ -351,14 +354,11 @@ def _splits(command: Train) -> data_sets.Splits:
 
 
 def _check_sizes(command: Train) -> None:
-    for name, sizes in {
-        "z-dim": (command.z_dim,),
-        "hidden": command.hidden,
-        "num-particles": (command.num_particles,),
-        "labels": (command.labels,),
-    }.items():
-        if min(sizes, default=1) < 1:
-            raise ValueError(f"Expected --{name} to be positive; got {min(sizes)}")
+    for name in ("z_dim", "hidden", "num_particles", "labels"):
+        value = getattr(command, name)
+        smallest = min(value, default=1) if isinstance(value, tuple) else value
+        if smallest < 1:
+            raise ValueError(f"Expected --{name.replace('_', '-')} to be positive; got {smallest}")
 
 
 def _open(run: Path, program: LatentModel | None = None) -> tuple[LatentModel, data_sets.Splits]:

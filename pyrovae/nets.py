@@ -30,6 +30,12 @@ def _check_sizes(**sizes: int) -> None:
             raise ValueError(f"Expected {name} to be a positive whole number; got {size!r}")
 
 
+def _check_hidden(hidden: Sequence[int]) -> None:
+    if isinstance(hidden, int):
+        raise ValueError(f"Expected hidden to be a sequence of sizes, as (200, 200); got {hidden}")
+    _check_sizes(**{f"hidden[{i}]": size for i, size in enumerate(hidden)})
+
+
 def _check_input(x: Tensor, dim: int, module: nn.Module) -> None:
     if x.dim() < 1 or x.shape[-1] != dim:
         raise ValueError(f"Expected the network's input to have shape (*, {dim}); got {tuple(x.shape)}")
@@ -86,6 +92,7 @@ class MLP(nn.Module):
         out_dim: size of the last dimension of the output.
         hidden: units of each hidden layer; empty for a linear map.
         activation: after every hidden layer: tanh, relu, elu, softplus or silu.
+        out_bias: whether a constant is added to the output.
 
     Raises:
         ValueError: for a size that is not positive or an unknown activation.
@@ -96,17 +103,24 @@ class MLP(nn.Module):
         torch.Size([5, 100])
     """
 
-    def __init__(self, in_dim: int, out_dim: int, hidden: Sequence[int] = (200, 200), activation: Activation = "tanh"):
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        hidden: Sequence[int] = (200, 200),
+        activation: Activation = "tanh",
+        out_bias: bool = True,
+    ):
         super().__init__()
-        if isinstance(hidden, int):
-            raise ValueError(f"Expected hidden to be a sequence of sizes, as (200, 200); got {hidden}")
+        _check_hidden(hidden)
         self.in_dim, self.out_dim, self.hidden, self.activation = in_dim, out_dim, tuple(hidden), activation
-        _check_sizes(in_dim=in_dim, out_dim=out_dim, **{f"hidden[{i}]": size for i, size in enumerate(hidden)})
+        self.out_bias = out_bias
+        _check_sizes(in_dim=in_dim, out_dim=out_dim)
         sizes, function = [in_dim, *hidden], _activation(activation)
         layers: list[nn.Module] = []
         for size, next_size in pairwise(sizes):
             layers += [nn.Linear(size, next_size), function()]
-        self.layers = nn.Sequential(*layers, nn.Linear(sizes[-1], out_dim))
+        self.layers = nn.Sequential(*layers, nn.Linear(sizes[-1], out_dim, bias=out_bias))
         _glorot(self)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -126,7 +140,7 @@ class MLP(nn.Module):
         first = self.layers[0]
         assert isinstance(first, nn.Linear)
         weights = first.weight.split(sizes, 1)
-        out = first.bias
+        out = first.weight.new_zeros(()) if first.bias is None else first.bias
         for part, weight in zip(parts, weights, strict=True):
             out = out + part @ weight.T
         for layer in list(self.layers)[1:]:
@@ -170,7 +184,8 @@ class MaskedMLP(nn.Module):
         reverse: bool = False,
     ):
         super().__init__()
-        _check_sizes(dim=dim, outputs=outputs, **{f"hidden[{i}]": size for i, size in enumerate(hidden)})
+        _check_hidden(hidden)
+        _check_sizes(dim=dim, outputs=outputs)
         self.dim, self.outputs, self.hidden, self.context_dim = dim, outputs, tuple(hidden), context_dim
         self.activation, self.reverse = activation, reverse
         place = torch.arange(1, dim + 1).flip(0) if reverse else torch.arange(1, dim + 1)

@@ -69,7 +69,7 @@ class LatentModel(nn.Module):
 
         Args:
             n: how many.
-            mean: E[x | z] in the place of x, which is what pictures usually show.
+            mean: E[x | z] in the place of x, which is what pictures usually show; a draw where it has no closed form.
             like: a batch, needed only for a model that cannot be called without its data: shapes are taken
                 from it, and what it gives to observed sites is drawn anew.
             given: arguments of `model` to be held fixed, each `(n, ...)` or one number for all, as y=3; what comes
@@ -133,7 +133,7 @@ class LatentModel(nn.Module):
         return reader.sites[site]["value"]
 
     def reconstruct(self, x: Any) -> Tensor:
-        """E[x | z] at the posterior means of all latents, `(N, D)`.
+        """E[x | z], or a draw where that has no closed form, at the posterior means of all latents, `(N, D)`.
 
         Args:
             x: data `(N, D)`, a batch or a `Data`.
@@ -287,7 +287,12 @@ def _data_value(sites: list[Any], mean: bool) -> Tensor:
     if len(sites) != 1:
         names = ", ".join(site["name"] for site in sites) or "none"
         raise ValueError(f"Expected one data site, whose value the model returns; got {names}")
-    return sites[0]["fn"].mean if mean else sites[0]["value"]
+    if not mean:
+        return sites[0]["value"]
+    try:
+        return sites[0]["fn"].mean
+    except NotImplementedError:  # an autoregressive likelihood's has no closed form
+        return sites[0]["fn"].sample()
 
 
 def _estimated_mean(fn: Any) -> Tensor:

@@ -110,7 +110,7 @@ class Survey:
                 nesting = _nesting(traces)
                 drawn = read(program, traces, 1, n, nesting)  # support: looked at below, under the data's name
             observed = [drawn.model_sites[site] for site in drawn.observed]
-            sizes = [site["value"].numel() for site in (*drawn.guide_sites.values(), *drawn.model_sites.values())]
+            sizes = map(_numel, (*drawn.guide_sites.values(), *drawn.model_sites.values()))
             survey = Survey(
                 nesting,
                 vectorized=False,
@@ -235,6 +235,12 @@ def _run_on(program: LatentModel, rows: Batch) -> Traces:
             "Expected a program that runs on any number of data; it ran on more, and on "
             f"{num_rows(rows)} it fails: {str(error).splitlines()[0]}"
         ) from error
+
+
+def _numel(site: Any) -> int:
+    """How many numbers the density of a site's value takes at once: of a mixture, those of all components."""
+    mixed = getattr(site["fn"], "component_distribution", None)
+    return site["value"].numel() if mixed is None else mixed.batch_shape.numel() * mixed.event_shape.numel()
 
 
 class _Widest:

@@ -120,8 +120,10 @@ def check_support(name: str, value: Tensor, site: str, support: Any) -> None:
     inside = support.check(value)
     if bool(inside.all()):
         return
-    bad, binary = value[~inside][0].flatten(), "boolean" in str(support).lower()
-    bad = bad[(bad != 0) & (bad != 1)] if binary else bad
+    support = getattr(support, "base_constraint", support)  # of one value of a datum, where they are independent
+    each = support.check(value)
+    bad = value[~each] if each.shape == value.shape else value[~inside].flatten()
+    binary = "boolean" in str(support).lower()
     raise ValueError(
         f"Expected {name} within the support of site {site!r}, {'{0, 1}' if binary else support}; "
         f"got {bad[0].item():g}" + (". Binarize grey values, or choose another likelihood" if binary else "")

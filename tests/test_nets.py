@@ -201,3 +201,12 @@ def test_wrong_arguments_are_named(make, message):
 def test_wrong_input_is_told(net, shape, expected):
     with pytest.raises(ValueError, match=f"input .*{expected}"):
         net(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("hidden", [(), (4,)])
+def test_without_a_constant_in_the_output(hidden):
+    net = MLP(5, 2, hidden, out_bias=False)
+    assert [name for name, _ in net.named_parameters()][-1].endswith("weight")
+    x = torch.randn(3, 5)
+    torch.testing.assert_close(net.joined(x[:, :2], x[:, 2:]), net(x))
+    assert MLP(5, 2, hidden, out_bias=False)(torch.zeros(5)).abs().max() == 0

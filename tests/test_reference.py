@@ -12,6 +12,7 @@ from torch import Tensor
 from pyrovae import conditionals, reference
 
 DIMS = (1, 2, 5)
+GAUSSIANS = ("DiagonalNormal", "FullNormal", "UnitNormal")
 ETA_DIM = {"DiagonalNormal": lambda d: 2 * d, "UnitNormal": lambda d: d, "FullNormal": lambda d: d * (d + 3) // 2}
 
 
@@ -86,7 +87,7 @@ def test_log_bernoulli_gradient_is_x_minus_the_mean(x, logit):
 # --- posteriors ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(reference.POSTERIORS))
+@pytest.mark.parametrize("name", GAUSSIANS)
 @pytest.mark.parametrize("dim", DIMS)
 def test_log_q_is_log_p_eps_less_the_log_determinant(name, dim):
     transform, _ = reference.POSTERIORS[name]
@@ -99,7 +100,7 @@ def test_log_q_is_log_p_eps_less_the_log_determinant(name, dim):
     assert_same(transform(torch.zeros_like(eps), eta)[0], family(name, eta).mean)
 
 
-@pytest.mark.parametrize("name", sorted(reference.POSTERIORS))
+@pytest.mark.parametrize("name", GAUSSIANS)
 @pytest.mark.parametrize("leading", [(), (4,), (2, 4)])
 def test_noise_inverts(name, leading):
     transform, noise = reference.POSTERIORS[name]
@@ -107,7 +108,7 @@ def test_noise_inverts(name, leading):
     assert_same(noise(transform(eps, eta)[0], eta), eps)
 
 
-@pytest.mark.parametrize("name", sorted(reference.POSTERIORS))
+@pytest.mark.parametrize("name", GAUSSIANS)
 def test_leading_dimensions_are_one_by_one(name):
     transform, _ = reference.POSTERIORS[name]
     eps, eta = normal(2, 4, 3), normal(2, 4, ETA_DIM[name](3), seed=1)
@@ -132,8 +133,8 @@ def test_full_normal_has_the_triangle_of_the_conditional(dim):
 # --- bounds ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("likelihood", sorted(reference.LIKELIHOODS))
-@pytest.mark.parametrize("posterior", sorted(reference.POSTERIORS))
+@pytest.mark.parametrize("likelihood", ["Bernoulli", *sorted(ETA_DIM)])
+@pytest.mark.parametrize("posterior", GAUSSIANS)
 @pytest.mark.parametrize("particles", [(), (6,), (2, 3)])
 def test_vae_elbo_is_its_three_terms(posterior, likelihood, particles):
     x_dim, z_dim, n = 3, 2, 4
@@ -282,7 +283,8 @@ def test_bernoulli_sums_to_one():
 
 def test_reference_imports_nothing_of_pyro_or_pyrovae():
     found = set()
-    for node in ast.walk(ast.parse(Path(reference.__file__).read_text())):
+    files = Path(reference.__file__).parent.glob("*.py")
+    for node in (node for file in files for node in ast.walk(ast.parse(file.read_text()))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -290,4 +292,9 @@ def test_reference_imports_nothing_of_pyro_or_pyrovae():
         elif isinstance(node, ast.Name | ast.Attribute):
             name = node.id if isinstance(node, ast.Name) else node.attr
             assert name not in ("__import__", "importlib", "distributions"), f"line {node.lineno}"
-    assert found == {"math", "collections.abc", "torch"}
+    assert {name for name in found if not name.startswith("pyrovae.reference")} == {
+        "math",
+        "collections.abc",
+        "typing",
+        "torch",
+    }

@@ -8,19 +8,28 @@ from torch import Tensor
 
 from pyrovae import VAE, ConvDecoder, ConvEncoder, LatentModel, LinearGaussian, SemiSupervisedVAE
 from pyrovae.conditionals import (
+    AutoregressivePrior,
     Bernoulli,
+    Categorical,
     Conditional,
+    ContinuousBernoulli,
     DiagonalNormal,
+    DiscretizedLogisticMixture,
+    EnergyPrior,
+    FloorNormal,
     FullNormal,
     HouseholderFlow,
     InverseAutoregressiveFlow,
     MaskedAutoregressiveFlow,
+    MixtureOfNormals,
     NeuralSplineFlow,
     OneHotCategorical,
+    PixelCNN,
     PlanarFlow,
     RealNVP,
     StandardNormal,
     UnitNormal,
+    VampPrior,
 )
 
 CONDITIONALS: dict[str, Callable[[], Conditional]] = {
@@ -31,6 +40,15 @@ CONDITIONALS: dict[str, Callable[[], Conditional]] = {
     "Bernoulli": lambda: Bernoulli.mlp(4, 3, hidden=(5,)),
     "OneHotCategorical": lambda: OneHotCategorical.mlp(4, 3, hidden=(5,)),
     "OneHotCategorical uniform": lambda: OneHotCategorical.uniform(3),
+    "MixtureOfNormals": lambda: MixtureOfNormals(3, 4),
+    "VampPrior": lambda: VampPrior(DiagonalNormal.mlp(4, 3, hidden=(5,)), 4, num_components=2),
+    "AutoregressivePrior": lambda: AutoregressivePrior(3, hidden=(5,)),
+    "EnergyPrior": lambda: EnergyPrior.mlp(0, 3, hidden=(5,), num_samples=20, num_candidates=10),
+    "FloorNormal": lambda: FloorNormal.mlp(4, 3, hidden=(5,)),
+    "Categorical": lambda: Categorical.mlp(4, 3, hidden=(5,), num_classes=4),
+    "ContinuousBernoulli": lambda: ContinuousBernoulli.mlp(4, 3, hidden=(5,)),
+    "DiscretizedLogisticMixture": lambda: DiscretizedLogisticMixture.mlp(4, 3, hidden=(5,), num_components=2),
+    "PixelCNN": lambda: PixelCNN.mlp(4, 12, hidden=(5,), image_shape=(2, 2, 3), channels=2, num_layers=1),
 }
 # small ones, and their options
 FLOWS = {
@@ -60,9 +78,12 @@ class Entry:
     make: Callable[[], LatentModel]
     x_dim: int
     binary: bool
+    values: Callable[[Tensor], Tensor] | None = None  # of data from N(0, I), where they are neither these nor binary
 
     def data(self, n: int, seed: int = 0) -> Tensor:
         x = torch.randn(n, self.x_dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        if self.values is not None:
+            x = self.values(x)
         return ((x > 0).double() if self.binary else x).to(torch.get_default_dtype())
 
 
@@ -101,10 +122,45 @@ def _flow_vae(flow: type[Conditional], posterior: bool) -> Entry:
     return Entry(make, 6, True)
 
 
+def _with_prior(prior: Callable[[Conditional], Conditional], family: type[Conditional] = DiagonalNormal) -> Entry:
+    def make() -> VAE:
+        q = family.mlp(6, 3, (7,))
+        return VAE(prior(q), Bernoulli.mlp(3, 6, (7,)), q)
+
+    return Entry(make, 6, True)
+
+
 PROGRAMS |= {f"VAE {flow.__name__}": _flow_vae(flow, posterior=True) for flow in FLOWS}
 PROGRAMS |= {
     f"VAE {flow.__name__} prior": _flow_vae(flow, posterior=False)
     for flow in (InverseAutoregressiveFlow, MaskedAutoregressiveFlow, RealNVP, NeuralSplineFlow)
+}
+
+
+def _with_likelihood(likelihood: Callable[[], Conditional], values: Callable[[Tensor], Tensor] | None) -> Entry:
+    make = lambda: VAE(StandardNormal(3), likelihood(), DiagonalNormal.mlp(6, 3, (7,)))  # noqa: E731
+    return Entry(make, 6, False, values)
+
+
+PROGRAMS |= {
+    "VAE prior MixtureOfNormals": _with_prior(lambda q: MixtureOfNormals(3, 4)),
+    "VAE prior VampPrior": _with_prior(lambda q: VampPrior(q, 6, num_components=4)),
+    "VAE prior VampPrior FullNormal": _with_prior(lambda q: VampPrior(q, 6, 4, unit_interval=False), FullNormal),
+    "VAE prior AutoregressivePrior": _with_prior(lambda q: AutoregressivePrior(3, (5,))),
+    "VAE prior EnergyPrior": _with_prior(lambda q: EnergyPrior.mlp(0, 3, (5,), num_samples=50, num_candidates=10)),
+    "VAE FloorNormal": _with_likelihood(lambda: FloorNormal.mlp(3, 6, (7,), floor=0.1), None),
+    "VAE Categorical": _with_likelihood(
+        lambda: Categorical.mlp(3, 6, (7,), num_classes=4), lambda x: (2 + x).round().clamp(0, 3)
+    ),
+    "VAE ContinuousBernoulli": _with_likelihood(lambda: ContinuousBernoulli.mlp(3, 6, (7,)), torch.sigmoid),
+    "VAE DiscretizedLogisticMixture": _with_likelihood(
+        lambda: DiscretizedLogisticMixture.mlp(3, 6, (7,), num_components=3),
+        lambda x: (x.sigmoid() * 255).round() / 255,
+    ),
+    "VAE PixelCNN": _with_likelihood(
+        lambda: PixelCNN.mlp(3, 6, (7,), image_shape=(1, 2, 3), channels=3, num_layers=1, kernel_size=3),
+        lambda x: (x > 0).double(),
+    ),
 }
 
 

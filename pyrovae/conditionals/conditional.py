@@ -63,7 +63,12 @@ class Conditional(nn.Module, ABC):
 
     @classmethod
     def mlp(
-        cls, parents_dim: int, dim: int, hidden: Sequence[int] = (200, 200), activation: Activation = "tanh"
+        cls,
+        parents_dim: int,
+        dim: int,
+        hidden: Sequence[int] = (200, 200),
+        activation: Activation = "tanh",
+        **family: Any,
     ) -> Self:
         """This family over a multi-layer perceptron, which gives the location first and then, at zero, all else.
 
@@ -75,16 +80,22 @@ class Conditional(nn.Module, ABC):
             dim: size of the variable.
             hidden: units of each hidden layer.
             activation: after every hidden layer.
+            family: what the family's constructor takes beside the network, as num_classes=10.
         """
-        net = MLP(parents_dim, cls.eta_dim(dim), hidden, activation)
+        net = MLP(parents_dim, cls.eta_dim(dim, **family), hidden, activation)
         weight = net.layers[-1].get_parameter("weight")
-        nn.init.zeros_(weight.data[dim:])
-        return cls(net)
+        nn.init.zeros_(weight.data[cls.num_locations(dim, **family) :])
+        return cls(net, **family)
 
     @staticmethod
     @abstractmethod
-    def eta_dim(dim: int) -> int:
+    def eta_dim(dim: int, **family: Any) -> int:
         """How many numbers the network must give for a variable of size `dim`."""
+
+    @staticmethod
+    def num_locations(dim: int, **family: Any) -> int:
+        """How many numbers of eta, the first ones, are locations or logits, which need not begin at zero."""
+        return dim
 
     @abstractmethod
     def eta_at(self, mean: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any, Self
 
 import pyro.distributions as dist
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyrovae.conditionals.conditional import Conditional, Distribution
 
@@ -92,6 +92,55 @@ class DiagonalNormal(Conditional):
             raise ValueError(f"Expected DiagonalNormal's network to give 2 D numbers for some D; got {eta.shape[-1]}")
         mu, log_sigma = eta.chunk(2, -1)
         return dist.Normal(mu, log_sigma.exp()).to_event(1)
+
+
+class FloorNormal(Conditional):
+    """p(x | parents) = N(x; mu, diag(sigma^2)),  sigma = floor + exp(log s),  eta = (mu, log s).
+
+    A Gaussian likelihood with a learned scale that is never below the floor. Without one the likelihood is unbounded:
+    at a pixel that is the same in all data, log p(x | z) grows without end as sigma falls to 0.
+
+    Args:
+        net: network from the parents to eta, `(B, 2 dim)`.
+        floor: least sigma, in the units of x.
+
+    Raises:
+        ValueError: for a floor that is not positive and finite.
+
+    Source:
+        Mattei and Frellsen (2018), on likelihoods that are unbounded and constraints that bound them.
+
+    Example:
+        >>> FloorNormal.mlp(20, 560, floor=0.1)(torch.zeros(3, 20)).stddev.min().item()
+        1.1000...
+    """
+
+    def __init__(self, net: nn.Module | None, floor: float = 0.01):
+        super().__init__(net)
+        if not (isinstance(floor, int | float) and 0 < floor < math.inf):
+            raise ValueError(f"Expected floor to be positive and finite; got {floor}")
+        self.floor = floor
+
+    @staticmethod
+    def eta_dim(dim: int, floor: float = 0.01) -> int:
+        """mu and log s."""
+        return 2 * dim
+
+    def eta_at(self, mean: Tensor) -> Tensor:
+        """(mean, 0): a scale of 1 + floor."""
+        return torch.cat([mean, torch.zeros_like(mean)])
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The floor."""
+        return {"floor": self.floor}
+
+    def distribution(self, eta: Tensor) -> Distribution:
+        """N(mu, diag((floor + s)^2)) from eta `(*, 2 dim)`."""
+        if eta.shape[-1] % 2:
+            raise ValueError(f"Expected FloorNormal's network to give 2 D numbers for some D; got {eta.shape[-1]}")
+        mu, log_s = eta.chunk(2, -1)
+        return dist.Normal(mu, self.floor + log_s.exp()).to_event(1)
 
 
 class UnitNormal(Conditional):

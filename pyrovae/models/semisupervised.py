@@ -7,7 +7,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyrovae import reference, reference_flows
+from pyrovae import reference
 from pyrovae.conditionals import Bernoulli, Conditional, DiagonalNormal, OneHotCategorical, StandardNormal, one_hot
 from pyrovae.nets import Activation
 from pyrovae.program import LatentModel, data_plate
@@ -106,8 +106,8 @@ class SemiSupervisedVAE(LatentModel):
         None where `reference.py` has not all families.
         """
         likelihood = self.likelihood.by_hand(reference.LIKELIHOODS)
-        functions = self.posterior.by_hand(reference_flows.POSTERIORS)
-        log_prior = self.prior.by_hand(reference_flows.PRIORS)
+        functions = self.posterior.by_hand(reference.POSTERIORS)
+        log_prior = self.prior.by_hand(reference.PRIORS)
         if likelihood is None or functions is None or log_prior is None:
             return None
         transform, noise = functions

@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyrovae import reference, reference_flows
+from pyrovae import reference
 from pyrovae.conditionals import Bernoulli, Conditional, DiagonalNormal, StandardNormal
 from pyrovae.conditionals.conditional import Distribution
 from pyrovae.nets import Activation
@@ -91,7 +91,7 @@ def _reference_elbo(
     likelihood: reference.Density | None,
     likelihood_net: reference.Net,
 ) -> Tensor | None:
-    log_prior, functions = prior.by_hand(reference_flows.PRIORS), posterior.by_hand(reference_flows.POSTERIORS)
+    log_prior, functions = prior.by_hand(reference.PRIORS), posterior.by_hand(reference.POSTERIORS)
     if log_prior is None or functions is None or likelihood is None:
         return None
     transform, noise = functions

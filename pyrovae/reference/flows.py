@@ -1,4 +1,4 @@
-"""The flows by hand, as in `reference.py`: plain torch, no Pyro.
+"""Posteriors by flows, and the flows as priors.
 
 z_0 = mu + sigma eps, z_t = f_t(z_{t-1}; h), z = z_T,
 log q = log N(eps; 0, I) - sum_i log sigma_i - sum_t log |det df_t / dz_{t-1}|, with eta = (mu, log sigma, h).
@@ -13,15 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrovae import reference
-from pyrovae.reference import Net, diagonal_normal, diagonal_normal_noise
+from pyrovae.reference import densities, gaussians
+from pyrovae.reference.densities import Net, split
+from pyrovae.reference.gaussians import diagonal_normal, diagonal_normal_noise
 
 
 def _flow(step: Callable[..., tuple[Tensor, Tensor]], back: Callable[..., Tensor]) -> tuple[Any, Any]:
     """(eps, eta) to z and log q, and (z, eta) to eps, with eta = (mu, log sigma, h)."""
 
     def transform(eps: Tensor, eta: Tensor, *, steps: list[Any], **more: Any) -> tuple[Tensor, Tensor]:
-        gaussian, h = reference._split(eta, 2 * eps.shape[-1])
+        gaussian, h = split(eta, 2 * eps.shape[-1])
         z, log_q = diagonal_normal(eps, gaussian)
         for net in steps:
             z, log_det = step(z, h, net, **more)
@@ -29,7 +30,7 @@ def _flow(step: Callable[..., tuple[Tensor, Tensor]], back: Callable[..., Tensor
         return z, log_q
 
     def noise(z: Tensor, eta: Tensor, *, steps: list[Any], **more: Any) -> Tensor:
-        gaussian, h = reference._split(eta, 2 * z.shape[-1])
+        gaussian, h = split(eta, 2 * z.shape[-1])
         for net in reversed(steps):
             z = back(z, h, net, **more)
         return diagonal_normal_noise(z, gaussian)
@@ -68,7 +69,7 @@ def _maf_back(z: Tensor, h: Tensor, net: Any) -> Tensor:
 def _coupled(z: Tensor, h: Tensor, part: Any, bend: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Any:
     net, reverse = part
     z = z.flip(-1) if reverse else z
-    a, b = reference._split(z, z.shape[-1] // 2)
+    a, b = split(z, z.shape[-1] // 2)
     b, log_slopes = bend(b, net(a, h))
     z = torch.cat([a, b], -1)
     return (z.flip(-1) if reverse else z), log_slopes.sum(-1)
@@ -181,6 +182,6 @@ def _density(transform: Any, noise: Any) -> Callable[..., Tensor]:
     return lambda z, eta, **parts: transform(noise(z, eta, **parts), eta.expand(*z.shape[:-1], -1), **parts)[1]
 
 
-# by the names of the families, those of `reference.py` among them
-POSTERIORS: dict[str, Any] = reference.POSTERIORS | FLOWS
-PRIORS: dict[str, Any] = reference.PRIORS | {name: _density(*functions) for name, functions in FLOWS.items()}
+# by the names of the families, flows and all others
+POSTERIORS: dict[str, Any] = gaussians.POSTERIORS | FLOWS
+PRIORS: dict[str, Any] = densities.PRIORS | {name: _density(*functions) for name, functions in FLOWS.items()}
