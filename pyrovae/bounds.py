@@ -326,8 +326,8 @@ def check_bound(elbo: Any, kl_weight: Any, free_bits: Any, labeled: Any) -> None
         raise ValueError(f"Expected free_bits without {other}; got both")
     if isinstance(elbo, TracedELBO) and kl_weight != 1:
         raise ValueError(f"Expected kl_weight with an ELBO of Pyro's, as Trace_ELBO; got {type(elbo).__name__}")
-    if isinstance(elbo, FreeBits_ELBO) and labeled is not None:
-        raise ValueError("Expected another elbo with labeled, whose classes are summed over; got FreeBits_ELBO")
+    if isinstance(elbo, TracedELBO) and labeled is not None:
+        raise ValueError(f"Expected an ELBO of Pyro's with labeled, as Trace_ELBO; got {type(elbo).__name__}")
 
 
 def bound(free_bits: float | tuple[float, int] | None) -> ELBO:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from pyrovae import checkpoint, conditionals, models, plots, sources
 from pyrovae import data as data_sets
+from pyrovae.bounds import IWAE_ELBO, STL_ELBO
 from pyrovae.compare import compare
 from pyrovae.compiled import CompileError
 from pyrovae.evaluate import evaluate
 from pyrovae.fit import fit
+from pyrovae.options import Compare, Evaluate, Sample, Train
 from pyrovae.program import LatentModel
 from pyrovae.run import score
+from pyrovae.schedules import Linear
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,106 +34,22 @@ LIKELIHOODS = {
     "continuous": conditionals.ContinuousBernoulli,
     "logistics": conditionals.DiscretizedLogisticMixture,
 }
-POSTERIORS = {"diagonal": conditionals.DiagonalNormal, "full": conditionals.FullNormal}
+POSTERIORS = {
+    "diagonal": conditionals.DiagonalNormal,
+    "full": conditionals.FullNormal,
+    "iaf": conditionals.InverseAutoregressiveFlow,
+    "planar": conditionals.PlanarFlow,
+    "householder": conditionals.HouseholderFlow,
+    "spline": conditionals.NeuralSplineFlow,
+}
+PRIORS: dict[str, Callable[[int], conditionals.Conditional]] = {
+    "standard": conditionals.StandardNormal,
+    "mixture": conditionals.MixtureOfNormals,
+    "real-nvp": conditionals.RealNVP.root,
+    "maf": conditionals.MaskedAutoregressiveFlow.root,
+    "autoregressive": conditionals.AutoregressivePrior,
+}
 MAY_CHANGE = ("epochs", "patience", "device", "num_particles", "resume", "out")  # of a run that is resumed
-
-
-@dataclass(frozen=True)
-class Train:
-    """Train a variational autoencoder, then draw its pictures and measure its log-likelihood on the test data."""
-
-    model: Literal["vae", "m2"] = "vae"
-    """vae, or m2: with a label that only some of the data have (Kingma et al. 2014)."""
-    data: str = "digits"
-    """digits, mnist, fashion-mnist, binarized-mnist, frey-faces, or a .npy or .npz file."""
-    binarize: Literal["auto", "none", "dynamic", "static", "threshold"] = "auto"
-    """How grey values become binary; auto: dynamic for a bernoulli likelihood, unless the data are binary already."""
-    posterior: Literal["diagonal", "full"] = "diagonal"
-    """Covariance of q(z | x)."""
-    likelihood: Literal["bernoulli", "unit-normal", "normal", "floor-normal", "continuous", "logistics"] = "bernoulli"
-    """Family of p(x | z); continuous: Bernoulli on [0, 1]; logistics: of values k / 255."""
-    labels: int = 100
-    """m2: how many training data keep their label, equally many of each class."""
-    supervised_weight: float | None = None
-    """m2: weight of the classification term; by default 0.1 times the number of training data."""
-    z_dim: int = 20
-    """Number of latents."""
-    hidden: tuple[int, ...] = (200, 200)
-    """Units of the hidden layers, from x to z; the decoder has them in reverse."""
-    epochs: int = 300
-    """Passes over the training data."""
-    batch_size: int = 100
-    """Data in a minibatch."""
-    lr: float = 1e-3
-    """Learning rate of Adam, in the first epoch."""
-    lr_final: float | None = None
-    """In the last epoch, and geometrically between; by default the same throughout."""
-    patience: int | None = 50
-    """Stop after so many epochs without a better ELBO on the validation data."""
-    grad_clip: float | None = None
-    """Largest norm of a minibatch's gradient."""
-    seed: int = 0
-    """Of initial weights, binarization, minibatches and noise."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to train."""
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    """bf16-mixed: networks in bfloat16."""
-    compile: bool = False
-    """Compile training and evaluation: takes a minute at first, and pays from some minutes of training on."""
-    num_particles: int = 5000
-    """K of the importance-sampled log-likelihood at the end."""
-    out: Path | None = None
-    """Folder for everything that is written; by default runs/<data>-<date and time>."""
-    resume: bool = False
-    """Go on with the run in --out, with its own settings; --epochs may be raised."""
-
-
-@dataclass(frozen=True)
-class Evaluate:
-    """Importance-sampled log-likelihood of a run's test data; writes evaluation.json."""
-
-    run: Annotated[Path, tyro.conf.Positional]
-    """Run folder."""
-    num_particles: int = 5000
-    """K."""
-    part: Literal["train", "val", "test"] = "test"
-    """Which part of the data."""
-    seed: int = 0
-    """Of the draws."""
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    """bf16-mixed: networks in bfloat16."""
-    compile: bool = False
-    """Compile the program: pays from thousands of data on."""
-
-
-@dataclass(frozen=True)
-class Compare:
-    """Reference ELBO, Trace_ELBO and importance-sampled bounds side by side; writes bounds.png."""
-
-    run: Annotated[Path, tyro.conf.Positional]
-    """Run folder."""
-    num_particles: tuple[int, ...] = (1, 10, 100, 1000, 5000)
-    """Every K."""
-    num_data: int = 1000
-    """At most so many data, evenly spread over the part."""
-    part: Literal["train", "val", "test"] = "test"
-    """Which part of the data."""
-    seed: int = 0
-    """Of the draws."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Draw from a trained program; writes samples.png and, on request, the values."""
-
-    run: Annotated[Path, tyro.conf.Positional]
-    """Run folder."""
-    n: int = 64
-    """How many."""
-    seed: int = 0
-    """Of the draws."""
-    npy: Path | None = None
-    """Also write n draws of x, (n, D), to this .npy file."""
 
 
 def main() -> None:
@@ -175,7 +94,10 @@ def _stored(run: Path) -> Train:
     config = checkpoint.read_json(run / checkpoint.CONFIG)
     try:
         stored = config["command"]
-        return Train(**{**stored, "hidden": tuple(stored["hidden"])})
+        options: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()
+        }
+        return Train(**options)
     except (KeyError, TypeError) as error:
         raise ValueError(f"Expected a run made by `pyrovae train`; got {run}, without its command ({error})") from error
 
@@ -193,11 +115,12 @@ def _train(command: Train) -> None:
         f"{command.data}: {len(splits.train)} training, {len(splits.val)} validation, {len(splits.test)} test data of "
         f"{splits.train['x'].shape[1]} values, binarization {splits.binarize}\n"
         f"{type(program).__name__} with {sum(p.numel() for p in program.parameters()):,} parameters, "
-        f"{command.posterior} posterior, {command.likelihood} likelihood; writing to {folder}"
+        f"{command.prior} prior, {command.posterior} posterior, {command.likelihood} likelihood; writing to {folder}"
     )
     history = fit(
         program,
         **data,
+        **_bound(command, len(data["train"])),
         epochs=command.epochs,
         batch_size=command.batch_size,
         lr=_rate(command),
@@ -239,7 +162,40 @@ def _program(command: Train, splits: data_sets.Splits) -> tuple[LatentModel, dic
         data = {"train": splits.train.select("x"), "val": splits.val.select("x")}
         program = models.VAE.mlp(x_dim, command.z_dim, command.hidden, **families)
     program.likelihood.start_at(splits.train["x"].mean(0))
+    program.prior = _prior(command, program.posterior, splits.train)
     return program, data
+
+
+def _prior(command: Train, posterior: conditionals.Conditional, train: data_sets.Data) -> conditionals.Conditional:
+    if command.prior != "vamp":
+        return PRIORS[command.prior](command.z_dim)
+    if command.model == "m2":
+        raise ValueError("Expected another --prior with --model m2, whose q(z | x, y) takes a label; got vamp")
+    import torch
+
+    x = train["x"][torch.randperm(len(train))[:500]]
+    unit_interval = bool(((x >= 0) & (x <= 1)).all())
+    return conditionals.VampPrior(posterior, x.shape[1], len(x), unit_interval).start_from(x)
+
+
+def _bound(command: Train, num_train: int) -> dict[str, Any]:
+    """The bound, as arguments of `fit`."""
+    if command.draws < 1 or command.kl_warmup < 0:
+        raise ValueError(
+            f"Expected --draws of at least 1 and --kl-warmup of at least 0; got {command.draws}, {command.kl_warmup}"
+        )
+    bounds = {
+        "elbo": lambda: None,
+        "iwae": lambda: IWAE_ELBO(command.draws),
+        "dreg": lambda: IWAE_ELBO(command.draws, "dreg"),
+        "stl": lambda: STL_ELBO(command.draws),
+    }
+    steps = command.kl_warmup * -(-num_train // command.batch_size)
+    return {
+        "elbo": bounds[command.bound](),
+        "kl_weight": Linear(steps) if steps else 1.0,
+        "free_bits": command.free_bits,
+    }
 
 
 def _pictures(program: LatentModel, splits: data_sets.Splits, history: list[dict[str, float]]) -> dict[str, Figure]:

@@ -14,7 +14,7 @@ from pyrovae import LatentModel, conditionals, models
 
 PACKAGE = Path(pyrovae.__file__).parent
 FLOORS = [
-    ("nets", "reference", "weights", "sources", "watch", "inductor"),
+    ("nets", "reference", "weights", "sources", "watch", "inductor", "options"),
     ("data",),
     ("conditionals", "labels"),
     ("program",),

@@ -52,6 +52,25 @@ def test_the_written_evaluation_is_that_of_the_library(trained):
     assert written["per_datum"]["k_hat"][0] is None, "too few particles to tell"
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--posterior", "iaf", "--kl-warmup", "1"),
+        ("--posterior", "planar", "--prior", "mixture", "--free-bits", "0.1", "1"),
+        ("--prior", "vamp", "--bound", "dreg", "--draws", "3"),
+        ("--prior", "real-nvp", "--bound", "stl", "--likelihood", "continuous"),
+    ],
+    ids=lambda options: " ".join(options),
+)
+def test_flows_priors_and_bounds(options, monkeypatch, tmp_path):
+    run(monkeypatch, "train", *SMALL, *options, "--out", tmp_path / "run")
+    program = load(tmp_path / "run")
+    assert torch.isfinite(evaluate(program, program.sample(5), 5, progress=False).log_px).all()
+    with pytest.MonkeyPatch.context() as patch:
+        run(patch, "train", "--out", tmp_path / "run", "--resume", "--epochs", "3")
+    assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 4
+
+
 def test_evaluate_compare_and_sample(trained, monkeypatch, capsys, tmp_path):
     run(monkeypatch, "evaluate", trained, "--num-particles", "30", "--part", "val")
     assert "K = 30" in capsys.readouterr().out

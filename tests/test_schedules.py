@@ -197,6 +197,14 @@ def test_a_moving_weight_needs_data_of_known_length():
         quiet(vae(), DataLoader(Endless(), batch_size=2), epochs=2, kl_weight=Linear(2))
 
 
+@pytest.mark.parametrize("settings", [{"elbo": IWAE_ELBO(2)}, {"free_bits": 1.0}])
+def test_labels_are_summed_over_under_pyros_elbos_alone(settings):
+    entry = zoo.LABELED["M2"]
+    labeled = entry.data(6).float(), torch.arange(6) % 3
+    with pytest.raises(ValueError, match=r"Expected (an ELBO of Pyro's with labeled|free_bits without labeled)"):
+        quiet(entry.make(), entry.data(8).float(), labeled=labeled, epochs=1, **settings)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -1,0 +1,117 @@
+"""What the command line can be asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a variational autoencoder, then draw its pictures and measure its log-likelihood on the test data."""
+
+    model: Literal["vae", "m2"] = "vae"
+    """vae, or m2: with a label that only some of the data have (Kingma et al. 2014)."""
+    data: str = "digits"
+    """digits, mnist, fashion-mnist, binarized-mnist, frey-faces, or a .npy or .npz file."""
+    binarize: Literal["auto", "none", "dynamic", "static", "threshold"] = "auto"
+    """How grey values become binary; auto: dynamic for a bernoulli likelihood, unless the data are binary already."""
+    posterior: Literal["diagonal", "full", "iaf", "planar", "householder", "spline"] = "diagonal"
+    """Family of q(z | x): a Gaussian of diagonal or full covariance, or a flow."""
+    prior: Literal["standard", "mixture", "vamp", "real-nvp", "maf", "autoregressive"] = "standard"
+    """Family of p(z)."""
+    bound: Literal["elbo", "iwae", "dreg", "stl"] = "elbo"
+    """What is maximised; iwae and dreg: the bound of --draws draws, with either gradient; stl: sticking the landing."""
+    draws: int = 5
+    """Draws for each datum in training, where --bound is not elbo."""
+    kl_warmup: int = 0
+    """Epochs over which the weight of the KL term rises from 0 to 1."""
+    free_bits: tuple[float, int] | None = None
+    """Nats that the KL of each of so many groups of latents costs nothing below."""
+    likelihood: Literal["bernoulli", "unit-normal", "normal", "floor-normal", "continuous", "logistics"] = "bernoulli"
+    """Family of p(x | z); continuous: Bernoulli on [0, 1]; logistics: of values k / 255."""
+    labels: int = 100
+    """m2: how many training data keep their label, equally many of each class."""
+    supervised_weight: float | None = None
+    """m2: weight of the classification term; by default 0.1 times the number of training data."""
+    z_dim: int = 20
+    """Number of latents."""
+    hidden: tuple[int, ...] = (200, 200)
+    """Units of the hidden layers, from x to z; the decoder has them in reverse."""
+    epochs: int = 300
+    """Passes over the training data."""
+    batch_size: int = 100
+    """Data in a minibatch."""
+    lr: float = 1e-3
+    """Learning rate of Adam, in the first epoch."""
+    lr_final: float | None = None
+    """In the last epoch, and geometrically between; by default the same throughout."""
+    patience: int | None = 50
+    """Stop after so many epochs without a better ELBO on the validation data."""
+    grad_clip: float | None = None
+    """Largest norm of a minibatch's gradient."""
+    seed: int = 0
+    """Of initial weights, binarization, minibatches and noise."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to train."""
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    """bf16-mixed: networks in bfloat16."""
+    compile: bool = False
+    """Compile training and evaluation: takes a minute at first, and pays from some minutes of training on."""
+    num_particles: int = 5000
+    """K of the importance-sampled log-likelihood at the end."""
+    out: Path | None = None
+    """Folder for everything that is written; by default runs/<data>-<date and time>."""
+    resume: bool = False
+    """Go on with the run in --out, with its own settings; --epochs may be raised."""
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Importance-sampled log-likelihood of a run's test data; writes evaluation.json."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder."""
+    num_particles: int = 5000
+    """K."""
+    part: Literal["train", "val", "test"] = "test"
+    """Which part of the data."""
+    seed: int = 0
+    """Of the draws."""
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    """bf16-mixed: networks in bfloat16."""
+    compile: bool = False
+    """Compile the program: pays from thousands of data on."""
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Reference ELBO, Trace_ELBO and importance-sampled bounds side by side; writes bounds.png."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder."""
+    num_particles: tuple[int, ...] = (1, 10, 100, 1000, 5000)
+    """Every K."""
+    num_data: int = 1000
+    """At most so many data, evenly spread over the part."""
+    part: Literal["train", "val", "test"] = "test"
+    """Which part of the data."""
+    seed: int = 0
+    """Of the draws."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Draw from a trained program; writes samples.png and, on request, the values."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder."""
+    n: int = 64
+    """How many."""
+    seed: int = 0
+    """Of the draws."""
+    npy: Path | None = None
+    """Also write n draws of x, (n, D), to this .npy file."""
