@@ -103,7 +103,7 @@ def test_every_program_of_the_zoo_has_its_reference():
         program = entry.make()
         x = entry.data(2)
         z = program.encode(x, sample=True)
-        assert program.reference_elbo(x, z) is not None, f"{name}: write its function in reference.py"
+        assert program.reference_elbo(x, z) is not None, f"{name}: write its function in reference/"
 
 
 def test_init_is_a_table_of_contents():

@@ -129,11 +129,11 @@ class Conditional(nn.Module, ABC):
 
     @property
     def parts(self) -> dict[str, Any]:
-        """What the family's function in `reference.py` takes beside the value and eta."""
+        """What the family's function in `reference` takes beside the value and eta."""
         return {}
 
     def by_hand(self, table: dict[str, Any]) -> Any:
-        """The family's function in one of the tables of `reference.py`, or its functions; None where there is none."""
+        """The family's function in one of the tables of `reference`, or its functions; None where there is none."""
         found = table.get(type(self).__name__)
         if isinstance(found, tuple):
             return tuple(partial(function, **self.parts) for function in found)

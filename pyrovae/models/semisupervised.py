@@ -103,7 +103,7 @@ class SemiSupervisedVAE(LatentModel):
     def reference_elbo(self, x: Tensor, z: Tensor, y: Tensor) -> Tensor | None:
         """The hand-written -L(x, y) - log q(y | x) `(*, N)` at a label y `(*, N, C)`, one-hot, and latents z.
 
-        None where `reference.py` has not all families.
+        None where `reference` has not all families.
         """
         likelihood = self.likelihood.by_hand(reference.LIKELIHOODS)
         functions = self.posterior.by_hand(reference.POSTERIORS)

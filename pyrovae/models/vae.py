@@ -77,7 +77,7 @@ class VAE(LatentModel):
     def reference_elbo(self, x: Tensor, z: Tensor) -> Tensor | None:
         """The hand-written one-draw ELBO `(*, N)` at the noise behind z `(*, N, D)`.
 
-        None where `reference.py` has not all three families.
+        None where `reference` has not all three families.
         """
         likelihood = self.likelihood.by_hand(reference.LIKELIHOODS)
         return _reference_elbo(x, z, self.prior, self.posterior, likelihood, self.likelihood.eta)
@@ -164,7 +164,7 @@ class LinearGaussian(LatentModel):
     def reference_elbo(self, x: Tensor, z: Tensor) -> Tensor | None:
         """The hand-written one-draw ELBO `(*, N)` at the noise behind z `(*, N, D)`.
 
-        None where `reference.py` does not have the posterior's family.
+        None where `reference` does not have the posterior's family.
         """
         if self.posterior is not None:
             return _reference_elbo(
