@@ -24,6 +24,7 @@ from pyrovae import (
     reference,
 )
 from pyrovae.conditionals import DiagonalNormal, FullNormal, StandardNormal, UnitNormal
+from pyrovae.traces import sample_sites
 
 pytestmark = pytest.mark.usefixtures("float64")
 everyone = pytest.mark.parametrize("entry", zoo.PROGRAMS.values(), ids=zoo.PROGRAMS)
@@ -40,10 +41,11 @@ def loss_and_gradients(elbo, program, x, seed=1, model=None):
 
 
 def latents(program, x, num_particles, seed=1):
-    """What the guide draws for K particles after this seed, `(K, N, D)`, as a function of its parameters."""
+    """What the guide draws for K particles after this seed, each `(K, N, D)`, as functions of its parameters."""
     torch.manual_seed(seed)
     with pyro.plate("particles", num_particles, dim=-2):
-        return poutine.trace(program.guide).get_trace(x).nodes["z"]["value"]
+        trace = poutine.trace(program.guide).get_trace(x)
+    return {name: site["value"] for name, site in sample_sites(trace).items()}
 
 
 class Chain(LatentModel):
@@ -74,7 +76,7 @@ class Chain(LatentModel):
 def test_iwae_is_the_bound_by_hand_for_each_datum(entry, gradient):
     program, x = entry.make(), entry.data(4)
     loss, _ = loss_and_gradients(IWAE_ELBO(3, gradient), program, x)
-    each = reference.importance_bound(program.reference_elbo(x, latents(program, x, 3)))
+    each = reference.importance_bound(program.reference_elbo(x, **latents(program, x, 3)))
     assert_close(-loss, each.sum(), **EXACT)
     assert each.shape == (4,)
 
@@ -167,7 +169,7 @@ def test_the_doubly_reparameterized_gradient_is_that_by_hand(posterior):
     log_p = lambda z: (  # noqa: E731
         reference.log_unit_normal(x, program.likelihood.eta(z)) + reference.log_standard_normal(z)
     )
-    z = latents(program, x, 3)
+    z = latents(program, x, 3)["z"]
     value = reference.dreg_value(log_p, lambda z: log_q[posterior.__name__](z, eta.expand(3, *eta.shape)), z)
     by_hand = torch.autograd.grad(-value.sum(), list(program.posterior.parameters()))
     bound = reference.importance_bound(program.reference_elbo(x, z))
@@ -280,7 +282,7 @@ def test_free_bits_are_those_by_hand(nats, groups):
     program, x = VAE.mlp(6, 4, (8,), likelihood=UnitNormal), torch.randn(5, 6)
     nn.init.normal_(program.posterior.net.layers[-1].weight, std=0.5)
     loss, grads = loss_and_gradients(FreeBits_ELBO(nats, groups), program, x)
-    z = latents(program, x, 1)[0]
+    z = latents(program, x, 1)["z"][0]
     mu, log_sigma = program.posterior.eta(x).chunk(2, -1)
     each = -(((z - mu) / log_sigma.exp()) ** 2) / 2 - log_sigma + z**2 / 2
     kl = each.reshape(5, groups, -1).sum(-1)
@@ -296,7 +298,7 @@ def test_free_bits_below_which_all_is_free_are_an_autoencoder():
     torch.manual_seed(0)
     program, x = VAE.mlp(6, 4, (8,), likelihood=UnitNormal), torch.randn(5, 6)
     _, grads = loss_and_gradients(FreeBits_ELBO(1e6), program, x)
-    log_px_z = reference.log_unit_normal(x, program.likelihood.eta(latents(program, x, 1)[0])).sum()
+    log_px_z = reference.log_unit_normal(x, program.likelihood.eta(latents(program, x, 1)["z"][0])).sum()
     for ours, hand in zip(grads, torch.autograd.grad(-log_px_z, list(program.parameters())), strict=True):
         assert_close(ours, hand, **EXACT)
 

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 import pyrovae
 from pyrovae import checkpoint, fit, log_weights
 from pyrovae.survey import Survey, draw
+from pyrovae.traces import sample_sites
 
 everyone = pytest.mark.parametrize("entry", zoo.PROGRAMS.values(), ids=zoo.PROGRAMS)
 
@@ -27,7 +28,8 @@ def test_reference_and_trace_elbo_agree_in_value_and_gradient(entry):
     program, x = entry.make().eval(), entry.data(5)  # a normalizer that training estimates anew stands still
     trace = poutine.trace(program.guide).get_trace(x)
     loss = Trace_ELBO().differentiable_loss(program.model, poutine.replay(program.guide, trace=trace), x)
-    by_hand = program.reference_elbo(x, trace.nodes["z"]["value"].detach()).sum()
+    latents = {name: site["value"].detach() for name, site in sample_sites(trace).items()}
+    by_hand = program.reference_elbo(x, **latents).sum()
     assert_close(-loss, by_hand, rtol=0, atol=1e-10)
     parameters = list(program.parameters())
     for ours, hand in zip(
@@ -44,12 +46,12 @@ def test_log_weights_are_those_of_plain_traces(entry):
     survey = Survey.of(program, {"x": x})
     drawn = draw(program, {"x": x}, 3, survey)
     assert drawn.log_weights.shape == (3, 4)
-    z = drawn.guide_sites["z"]["value"]
     for k in range(3):
         for i in range(4):
             one = x[i : i + 1]
-            guide = poutine.trace(poutine.condition(program.guide, {"z": z[k, i : i + 1]})).get_trace(one)
-            model = poutine.trace(poutine.condition(program.model, {"z": z[k, i : i + 1]})).get_trace(one)
+            latents = {name: site["value"][k, i : i + 1] for name, site in drawn.guide_sites.items()}
+            guide = poutine.trace(poutine.condition(program.guide, latents)).get_trace(one)
+            model = poutine.trace(poutine.condition(program.model, latents)).get_trace(one)
             expected = model.log_prob_sum() - guide.log_prob_sum()
             assert_close(drawn.log_weights[k, i], expected, rtol=0, atol=1e-10)
 
@@ -143,10 +145,12 @@ def test_samples_encodes_reconstructs(entry):
     mean = program.sample(2000, mean=True)
     error = (drawn - mean).std(0) / 2000**0.5
     assert ((drawn - mean).mean(0).abs() < 5 * error).all(), "seed 0: samples scatter about E[x | z] at the same z"
-    codes = program.encode(x)
-    draws = torch.stack([program.encode(x, sample=True) for _ in range(500)])
+    first, *others = sample_sites(poutine.trace(program.guide).get_trace(x))
+    codes = program.encode(x, first)
+    draws = torch.stack([program.encode(x, first, sample=True) for _ in range(500)])
     assert ((draws.mean(0) - codes).abs() < 5 * draws.std(0) / 500**0.5).all(), "seed 0"
-    trace = poutine.trace(poutine.condition(program.model, {"z": codes})).get_trace(x)
+    latents = {first: codes} | {name: program.encode(x, name) for name in others}
+    trace = poutine.trace(poutine.condition(program.model, latents)).get_trace(x)
     torch.manual_seed(1)
     reconstruction = program.reconstruct(x)
     torch.manual_seed(1)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pyrovae import (
     VAE,
+    AuxiliaryVAE,
     LatentModel,
     LinearGaussian,
     as_program,
@@ -527,3 +528,16 @@ def test_exact_log_px_of_an_ill_conditioned_model_in_float32():
     exact = program.log_prob(x)
     assert exact.dtype == torch.float32
     assert_close(exact.double(), program.double().log_prob(x.double()), rtol=1e-6, atol=1e-3)
+
+
+@pytest.mark.usefixtures("float64")
+def test_auxiliary_latents_leave_p_of_x_as_it_is():
+    """In a linear decoder with unit variance log p(x) is known, whatever p(a | x, z), q(a | x) and q(z | a, x) are."""
+    torch.manual_seed(0)
+    program = AuxiliaryVAE.mlp(3, 2, (), a_dim=2, likelihood=DiagonalNormal)
+    x, layer = torch.randn(30, 3), program.likelihood.net.layers[-1]
+    exact = reference.linear_gaussian_log_prob(x, layer.weight[:3], layer.bias[:3], torch.zeros(()))
+    result = evaluate(program, x, 5000, seed=0, progress=False)
+    z_scores = (result.log_px - exact.detach()) / result.standard_error
+    assert z_scores.abs().max() < 5, "seed 0"
+    assert (result.log_px - result.elbo > 0.01).all()

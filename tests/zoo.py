@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyrovae import VAE, ConvDecoder, ConvEncoder, LatentModel, LinearGaussian, SemiSupervisedVAE
+from pyrovae import VAE, AuxiliaryVAE, ConvDecoder, ConvEncoder, LatentModel, LinearGaussian, SemiSupervisedVAE
 from pyrovae.conditionals import (
     AutoregressivePrior,
     Bernoulli,
@@ -162,6 +162,9 @@ PROGRAMS |= {
         lambda x: (x > 0).double(),
     ),
 }
+
+
+PROGRAMS["AuxiliaryVAE"] = Entry(lambda: AuxiliaryVAE.mlp(6, 3, (7,), a_dim=2), 6, True)
 
 
 def _m2(posterior: type[Conditional], likelihood: type[Conditional], factorized: bool) -> Entry:

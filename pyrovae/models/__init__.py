@@ -1,5 +1,6 @@
 """One file for one graph."""
 
+from pyrovae.models.auxiliary import AuxiliaryVAE as AuxiliaryVAE
 from pyrovae.models.semisupervised import SemiSupervisedVAE as SemiSupervisedVAE
 from pyrovae.models.vae import VAE as VAE
 from pyrovae.models.vae import LinearGaussian as LinearGaussian

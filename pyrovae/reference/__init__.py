@@ -5,6 +5,7 @@ Equation numbers are those of Kingma and Welling, An Introduction to Variational
 LIKELIHOODS, PRIORS and POSTERIORS have the functions by the names of the families.
 """
 
+from pyrovae.reference.bounds import auxiliary_elbo as auxiliary_elbo
 from pyrovae.reference.bounds import dreg_value as dreg_value
 from pyrovae.reference.bounds import free_bits_bound as free_bits_bound
 from pyrovae.reference.bounds import importance_bound as importance_bound

@@ -5,7 +5,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pyrovae.reference.densities import Density, Net, Posterior, log_bernoulli, log_one_hot, log_standard_normal
+from pyrovae.reference.densities import (
+    Density,
+    Net,
+    Posterior,
+    log_bernoulli,
+    log_diagonal_normal,
+    log_one_hot,
+    log_standard_normal,
+)
 from pyrovae.reference.gaussians import diagonal_normal
 
 
@@ -37,6 +45,43 @@ def vae_elbo(
     z, log_q = posterior(eps, eta.expand(*eps.shape[:-1], -1))
     log_px_z = likelihood(x.expand(*eps.shape[:-1], -1), likelihood_net(z))
     return log_px_z + log_prior(z) - log_q
+
+
+def auxiliary_elbo(
+    x: Tensor,
+    eps_a: Tensor,
+    eps_z: Tensor,
+    *,
+    auxiliary_posterior_net: Net,
+    posterior_net: Callable[[Tensor, Tensor], Tensor],
+    likelihood_net: Net,
+    auxiliary_net: Callable[[Tensor, Tensor], Tensor],
+    auxiliary_posterior: Posterior = diagonal_normal,
+    posterior: Posterior = diagonal_normal,
+    likelihood: Density = log_bernoulli,
+    auxiliary: Density = log_diagonal_normal,
+    log_prior: Callable[[Tensor], Tensor] = log_standard_normal,
+) -> Tensor:
+    """log p(x | z) + log p(z) + log p(a | x, z) - log q(a | x) - log q(z | a, x)  (section 3.2.1).
+
+    Args:
+        x: data `(N, X)`.
+        eps_a, eps_z: noise `(*, N, D)`.
+        auxiliary_posterior_net: x to eta of q(a | x).
+        posterior_net: a and x to eta of q(z | a, x).
+        likelihood_net: z to eta of p(x | z).
+        auxiliary_net: x and z to eta of p(a | x, z).
+        auxiliary_posterior, posterior: eps and eta to a value and its log q.
+        likelihood, auxiliary: a value and eta to its log p.
+        log_prior: z to log p(z).
+
+    Returns:
+        `(*, N)`.
+    """
+    a, log_q_a = auxiliary_posterior(eps_a, auxiliary_posterior_net(x).expand(*eps_a.shape[:-1], -1))
+    z, log_q_z = posterior(eps_z, posterior_net(a, x))
+    log_px_z = likelihood(x.expand(*eps_z.shape[:-1], -1), likelihood_net(z))
+    return log_px_z + log_prior(z) + auxiliary(a, auxiliary_net(x, z)) - log_q_a - log_q_z
 
 
 def labeled_elbo(
