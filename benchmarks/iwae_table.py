@@ -25,6 +25,7 @@ from typing import Literal
 import torch
 import tyro
 from pyro.infer import ELBO, Trace_ELBO
+from rows import add_row
 
 import pyrovae as pv
 from pyrovae.conditionals import Bernoulli, DiagonalNormal, InverseAutoregressiveFlow, StandardNormal
@@ -170,17 +171,6 @@ def done(path: Path | None) -> set[tuple[str, ...]]:
         return {(row["data"], row["row"], row["k"], row["seed"]) for row in csv.DictReader(file)}
 
 
-def add(path: Path | None, row: dict[str, object]) -> None:
-    if path is None:
-        return
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(row))
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
 def main(options: Options) -> None:
     """Print each row beside the paper's."""
     if options.threads is not None:
@@ -193,7 +183,7 @@ def main(options: Options) -> None:
         if (data_name, row, str(k), str(options.seed)) in done(options.out):
             continue
         found = measure(data_name, row, k, options)
-        add(options.out, found)
+        add_row(options.out, found)
         paper, active = PAPER.get((data_name, "VAE" if k == 1 else row, k), (None, None))
         print(
             f"{data_name:8} {row:5} {k:3} {found['nll']:9.3f} +- {found['standard_error']:.3f} {found['active']:6} "

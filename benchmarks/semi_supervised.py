@@ -16,7 +16,6 @@ Beside it, the paper's, per cent:
     Pyro's tutorial (enumerated, auxiliary loss): 6.81, 5.63, 5.13, 4.18; its classifier 22.9, 12.8, 11.4, 8.9
 """
 
-import csv
 import math
 import statistics
 import time
@@ -27,6 +26,7 @@ from typing import Any, Literal
 
 import torch
 import tyro
+from rows import add_row
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
@@ -202,17 +202,6 @@ def by_classifier(splits: pv.data.Splits, labeled: Data, unlabeled: Data, val: D
 METHODS = {"m2": by_m2, "m1+m2": by_m1_m2, "classifier": by_classifier}
 
 
-def write(path: Path | None, row: dict[str, object]) -> None:
-    if path is None:
-        return
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(row))
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
 def main(options: Options) -> None:
     """Print a line for each run, and the mean over the seeds."""
     if options.threads is not None:
@@ -237,7 +226,7 @@ def main(options: Options) -> None:
                     "minutes": round((time.perf_counter() - start) / 60, 1),
                 }
                 print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-                write(options.out, {**row, "options": repr(options), "torch": torch.__version__})
+                add_row(options.out, {**row, "options": repr(options), "torch": torch.__version__})
             spread = statistics.stdev(errors) / math.sqrt(len(errors)) if len(errors) > 1 else math.nan
             print(f"{method}, {num_labels} labels: {statistics.fmean(errors):.2f} ± {spread:.2f} %", flush=True)
 

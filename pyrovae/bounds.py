@@ -165,8 +165,8 @@ class IWAE_ELBO(TracedELBO):
     as of subsampling, stand outside the logarithm. Latents must be reparameterized.
 
     With K the plain gradient of the guide's parameters drowns in noise (Rainforth et al. 2018); the doubly
-    reparameterized one, as unbiased, does not:  sum_k (w_k / sum_j w_j)^2  d log w_k / d z_k  d z_k / d phi.
-    It runs the program twice.
+    reparameterized one, as unbiased, does not where the guide is near the posterior or wider:
+    sum_k (w_k / sum_j w_j)^2  d log w_k / d z_k  d z_k / d phi.  It runs the program twice.
 
     Args:
         num_particles: K.

@@ -112,20 +112,49 @@ class Flow(Conditional):
         """f_1 ... f_T for a context `(*, context_dim)`, made anew: what they keep lasts as long as the distribution."""
 
 
-def _masked_nets(flow: Flow, hidden: Sequence[int] | None, activation: Activation) -> nn.ModuleList:
+class _WithNets(Flow):
+    """A flow each of whose steps has a network. A new one fills in `step_nets` beside what a `Flow` does."""
+
+    def __init__(
+        self,
+        net: nn.Module | None,
+        dim: int,
+        steps: int = 4,
+        context_dim: int = 0,
+        step_hidden: Sequence[int] | None = None,
+        step_activation: Activation = "tanh",
+    ):
+        super().__init__(net, dim, steps, context_dim)
+        self.step_hidden = step_hidden
+        self.step_activation: Activation = step_activation
+        self.nets = self.step_nets()
+
+    @abstractmethod
+    def step_nets(self) -> nn.ModuleList:
+        """A network for each step."""
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The networks."""
+        return {"steps": list(self.nets)}
+
+
+def _masked_nets(flow: _WithNets) -> nn.ModuleList:
     """Networks from z and h to two numbers for each z_i, in one order and the reverse by turns."""
-    sizes = (max(100, 2 * flow.dim),) if hidden is None else hidden
-    nets = [MaskedMLP(flow.dim, 2, sizes, flow.context_dim, activation, t % 2 == 1) for t in range(flow.steps)]
+    sizes = (max(100, 2 * flow.dim),) if flow.step_hidden is None else flow.step_hidden
+    nets = [
+        MaskedMLP(flow.dim, 2, sizes, flow.context_dim, flow.step_activation, t % 2 == 1) for t in range(flow.steps)
+    ]
     return _near_zero([net.layers[-1] for net in nets], nets)
 
 
-def _half_nets(flow: Flow, hidden: Sequence[int] | None, activation: Activation, numbers: int) -> nn.ModuleList:
+def _half_nets(flow: _WithNets, numbers: int) -> nn.ModuleList:
     """Networks from one half of z and h to so many numbers for each value of the other half."""
     if flow.dim < 2:
         raise ValueError(f"Expected dim to be 2 or more, for one half bends the other; got {flow.dim}")
-    half, sizes = flow.dim // 2, (100,) if hidden is None else hidden
+    half, sizes = flow.dim // 2, (100,) if flow.step_hidden is None else flow.step_hidden
     shape = half + flow.context_dim, numbers * (flow.dim - half)
-    nets = [MLP(*shape, sizes, activation) for _ in range(flow.steps)]
+    nets = [MLP(*shape, sizes, flow.step_activation) for _ in range(flow.steps)]
     return _near_zero([net.layers[-1] for net in nets], nets)
 
 
@@ -136,7 +165,7 @@ def _near_zero(last: Sequence[nn.Module], nets: Sequence[nn.Module]) -> nn.Modul
     return nn.ModuleList(nets)
 
 
-class InverseAutoregressiveFlow(Flow):
+class InverseAutoregressiveFlow(_WithNets):
     """Inverse autoregressive flow: fast draws, with their density; the density of another value takes `dim` passes.
 
         (m, s) = AutoregressiveNet_t(z, h),  g = sigmoid(s),  z <- g z + (1 - g) m,  log q <- log q - sum_i log g_i
@@ -163,32 +192,19 @@ class InverseAutoregressiveFlow(Flow):
         torch.Size([50])
     """
 
-    def __init__(
-        self,
-        net: nn.Module | None,
-        dim: int,
-        steps: int = 4,
-        context_dim: int = 0,
-        step_hidden: Sequence[int] | None = None,
-        step_activation: Activation = "tanh",
-    ):
-        super().__init__(net, dim, steps, context_dim)
-        self.step_hidden, self.step_activation = step_hidden, step_activation
-        self.nets = _masked_nets(self, step_hidden, step_activation)
-        for step in self.nets:
-            nn.init.constant_(step.get_submodule("layers")[-1].bias[dim:], 2.0)  # pyright: ignore
+    def step_nets(self) -> nn.ModuleList:
+        """Masked networks."""
+        nets = _masked_nets(self)
+        for step in nets:
+            nn.init.constant_(step.get_submodule("layers")[-1].bias[self.dim :], 2.0)  # pyright: ignore
+        return nets
 
     def transforms(self, h: Tensor) -> Sequence[Transform]:
         """An autoregressive step for each network."""
         return [Autoregressive(net, h, GATE) for net in self.nets]
 
-    @property
-    def parts(self) -> dict[str, Any]:
-        """The networks."""
-        return {"steps": list(self.nets)}
 
-
-class MaskedAutoregressiveFlow(Flow):
+class MaskedAutoregressiveFlow(_WithNets):
     """Masked autoregressive flow: p(z_i | z_1 ... z_{i-1}) a Gaussian, T times over.
 
         z_i = u_i exp(alpha_i) + mu_i,  (mu, alpha) = AutoregressiveNet_t(z, h),  u the step's input
@@ -206,30 +222,16 @@ class MaskedAutoregressiveFlow(Flow):
         torch.Size([20])
     """
 
-    def __init__(
-        self,
-        net: nn.Module | None,
-        dim: int,
-        steps: int = 4,
-        context_dim: int = 0,
-        step_hidden: Sequence[int] | None = None,
-        step_activation: Activation = "tanh",
-    ):
-        super().__init__(net, dim, steps, context_dim)
-        self.step_hidden, self.step_activation = step_hidden, step_activation
-        self.nets = _masked_nets(self, step_hidden, step_activation)
+    def step_nets(self) -> nn.ModuleList:
+        """Masked networks."""
+        return _masked_nets(self)
 
     def transforms(self, h: Tensor) -> Sequence[Transform]:
         """The inverse of an autoregressive step for each network."""
         return [Autoregressive(net, h, STANDARDIZE).inv for net in self.nets]
 
-    @property
-    def parts(self) -> dict[str, Any]:
-        """The networks."""
-        return {"steps": list(self.nets)}
 
-
-class RealNVP(Flow):
+class RealNVP(_WithNets):
     """Affine coupling: one half of the values scales and shifts the other; draws and densities are both fast.
 
         z_b <- z_b exp(s(z_a, h)) + t(z_a, h),  z_a the first dim // 2 values, or by turns the last
@@ -244,18 +246,9 @@ class RealNVP(Flow):
         torch.Size([20])
     """
 
-    def __init__(
-        self,
-        net: nn.Module | None,
-        dim: int,
-        steps: int = 4,
-        context_dim: int = 0,
-        step_hidden: Sequence[int] | None = None,
-        step_activation: Activation = "tanh",
-    ):
-        super().__init__(net, dim, steps, context_dim)
-        self.step_hidden, self.step_activation = step_hidden, step_activation
-        self.nets = _half_nets(self, step_hidden, step_activation, 2)
+    def step_nets(self) -> nn.ModuleList:
+        """Perceptrons."""
+        return _half_nets(self, 2)
 
     def transforms(self, h: Tensor) -> Sequence[Transform]:
         """A coupling for each network."""
@@ -268,7 +261,7 @@ class RealNVP(Flow):
         return {"steps": [(partial(of_halves, net, size=size), t % 2 == 1) for t, net in enumerate(self.nets)]}
 
 
-class NeuralSplineFlow(Flow):
+class NeuralSplineFlow(_WithNets):
     """Spline coupling: one half of the values bends the other by rational-quadratic splines, both ways fast.
 
         z_b <- spline(z_b; theta(z_a, h)) in [-3, 3], else z_b;  z_a the first dim // 2 values, or by turns the last
@@ -303,11 +296,14 @@ class NeuralSplineFlow(Flow):
         step_hidden: Sequence[int] | None = None,
         step_activation: Activation = "tanh",
     ):
-        super().__init__(net, dim, steps, context_dim)
         if not 2 <= bins < 1 / SPLINE_LEAST:
             raise ValueError(f"Expected bins to be 2 or more, and below {1 / SPLINE_LEAST:.0f}; got {bins}")
-        self.bins, self.step_hidden, self.step_activation = bins, step_hidden, step_activation
-        self.nets = _half_nets(self, step_hidden, step_activation, 3 * bins - 1)
+        self.bins = bins
+        super().__init__(net, dim, steps, context_dim, step_hidden, step_activation)
+
+    def step_nets(self) -> nn.ModuleList:
+        """Perceptrons."""
+        return _half_nets(self, 3 * self.bins - 1)
 
     def transforms(self, h: Tensor) -> Sequence[Transform]:
         """A coupling for each network."""
