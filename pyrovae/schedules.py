@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from pyro.infer import ELBO
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
@@ -137,14 +136,3 @@ class WeightedELBO(ELBO):
 
     def _get_trace(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError("the ELBO within draws its own traces")
-
-    def loss(self, *args: Any, **kwargs: Any) -> float:
-        """The loss alone."""
-        with torch.no_grad():
-            return self.differentiable_loss(*args, **kwargs).item()
-
-    def loss_and_grads(self, *args: Any, **kwargs: Any) -> float:
-        """The loss; its gradients are added to those that the parameters have."""
-        loss = self.differentiable_loss(*args, **kwargs)
-        loss.backward()
-        return loss.item()

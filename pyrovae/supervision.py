@@ -70,17 +70,6 @@ class SemiSupervisedELBO(ELBO):
     def _enumerated(self, site: Any) -> Any:
         return {"enumerate": "parallel"} if site["name"] == self.label.name else {}
 
-    def loss(self, *args: Any, **kwargs: Any) -> float:
-        """The loss alone."""
-        with torch.no_grad():
-            return self.differentiable_loss(*args, **kwargs).item()
-
-    def loss_and_grads(self, *args: Any, **kwargs: Any) -> float:
-        """The loss; its gradients are added to those that the parameters have."""
-        loss = self.differentiable_loss(*args, **kwargs)
-        loss.backward()
-        return loss.item()
-
 
 def log_class(model: Callable[..., Any], guide: Callable[..., Any], labeled: Batch, label: Label) -> Tensor:
     """log q(y | x) of the labels that labelled data have, `(N,)`, read from the guide."""
