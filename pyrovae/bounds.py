@@ -1,7 +1,7 @@
 """Bounds beside Pyro's own: the importance-weighted one, an ELBO whose gradient has less noise, and free bits."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import pyro.poutine as poutine
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import Independent
 from torch.distributions.utils import _sum_rightmost
 
-from pyrovae.traces import sample_sites
+from pyrovae.traces import check_latents, check_whole, sample_sites
 
 Gradient = Literal["plain", "dreg"]
 Program = Callable[..., Any]
@@ -27,12 +27,7 @@ class _Traces:
         self.guide_trace = guide
         self.guide, self.model = sample_sites(guide), sample_sites(model)
         self.latents = [name for name, site in self.model.items() if not site["is_observed"]]
-        needed = {name for name, site in self.guide.items() if not site["infer"].get("is_auxiliary")}
-        if not needed <= set(self.latents) <= set(self.guide):
-            raise ValueError(
-                f"Expected the guide to have the latent sites of the model, {sorted(self.latents)}; "
-                f"got {sorted(self.guide)}"
-            )
+        check_latents(self.latents, self.guide)
         self.sites = [*self.guide.values(), *self.model.values()]
         for name, site in self.guide.items():
             if not site["fn"].has_rsample:
@@ -70,21 +65,27 @@ class _Traces:
         terms = terms.sum(others, keepdim=True) if others else terms
         return terms.unsqueeze(0) if self.particles is None else terms.movedim(self.particles, 0)
 
+    def _sum(self, sites: Iterable[Any]) -> Tensor:
+        return sum((self.log_prob(site) for site in sites), torch.zeros(()))
+
     def log_p(self) -> Tensor:
         """log p(x, z_k), `(K, *)`."""
-        return sum((self.log_prob(site) for site in self.model.values()), torch.zeros(()))
+        return self._sum(self.model.values())
+
+    def log_px_z(self) -> Tensor:
+        """log p(x | z_k), `(K, *)`."""
+        return self._sum(site for name, site in self.model.items() if name not in self.latents)
 
     def log_q(self) -> Tensor:
         """log q(z_k | x), `(K, *)`."""
-        return sum((self.log_prob(site) for site in self.guide.values()), torch.zeros(()))
+        return self._sum(self.guide.values())
 
 
 class TracedELBO(ELBO):
     """What the bounds share: a loss for Pyro, minus a sum of bounds, from traces of K particles."""
 
     def __init__(self, num_particles: int = 1, max_plate_nesting: float = math.inf, vectorize_particles: bool = True):
-        if not isinstance(num_particles, int) or isinstance(num_particles, bool) or num_particles < 1:
-            raise ValueError(f"Expected num_particles to be a whole number of at least 1; got {num_particles!r}")
+        check_whole(num_particles=num_particles)
         super().__init__(
             num_particles=num_particles, max_plate_nesting=max_plate_nesting, vectorize_particles=vectorize_particles
         )
@@ -279,18 +280,12 @@ class FreeBits_ELBO(TracedELBO):
         super().__init__(num_particles, max_plate_nesting, vectorize_particles)
         if not 0 <= nats < math.inf:
             raise ValueError(f"Expected nats to be a number of at least 0; got {nats!r}")
-        if not isinstance(groups, int) or isinstance(groups, bool) or groups < 1:
-            raise ValueError(f"Expected groups to be a whole number of at least 1; got {groups!r}")
+        check_whole(groups=groups)
         self.nats, self.groups = nats, groups
 
     def _minus_loss(self, traces: list[_Traces], again: Callable[[_Traces], _Traces]) -> Tensor:
         first = traces[0]
-        log_px_z = torch.cat(
-            [
-                sum((t.log_prob(site) for name, site in t.model.items() if name not in t.latents), torch.zeros(()))
-                for t in traces
-            ]
-        ).mean(0)
+        log_px_z = torch.cat([each.log_px_z() for each in traces]).mean(0)
         bound = log_px_z.mean()
         for name in first.latents:
             kl = torch.cat([self._kl(t, name) for t in traces], 1)

@@ -18,7 +18,7 @@ from pyrovae.compiled import Compile
 from pyrovae.conditionals.conditional import PRECISIONS
 from pyrovae.data import Data, as_data, count
 from pyrovae.program import LatentModel
-from pyrovae.run import History, Run
+from pyrovae.run import History, Run, steps_in
 from pyrovae.schedules import Schedule, check_kl_weight
 from pyrovae.supervision import Labels
 from pyrovae.traces import check_arguments
@@ -140,6 +140,8 @@ def fit(
         for name, data in (("train", train), ("val", val), ("labeled", labeled))
     )
     _check_data(train, labeled, supervised_weight)
+    steps = steps_in(labeled if train is None else train, batch_size)
+    check_kl_weight(kl_weight, None if steps is None else epochs * steps)
     settings = {
         "elbo": type(elbo).__name__,
         "kl_weight": _name(kl_weight) if callable(kl_weight) else kl_weight,
@@ -166,7 +168,6 @@ def fit(
             torch.manual_seed(seed)
         stack.enter_context(pyro.validation_enabled(False))
         run = Run(program, train, val, labeled, elbo, kl_weight, optimizer, rate, settings, folder, device)
-        check_kl_weight(kl_weight, None if run.steps is None else epochs * run.steps)
         stack.enter_context(program.scope())
         if saved is not None:
             run.resume(saved)

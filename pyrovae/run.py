@@ -51,6 +51,13 @@ class _Loss(nn.Module):
         return self.elbo(**arguments)
 
 
+def steps_in(data: Any, batch_size: int) -> int | None:
+    """Steps of an epoch, where they are known."""
+    if isinstance(data, Data):
+        return math.ceil(len(data) / batch_size)
+    return None if isinstance(data.dataset, IterableDataset) else len(data)
+
+
 class Run:
     """What a checkpoint holds, and the steps that change it.
 
@@ -88,6 +95,7 @@ class Run:
             data.to(self.fabric.device) if isinstance(data, Data) else data for data in (train, val, labeled)
         )
         self.train: Any = self.labeled if train is None else train
+        self.steps = steps_in(self.train, settings["batch_size"]) or 0
         self.survey = self._first_look()
         self.supervision = None
         if self.labeled is not None:
@@ -146,8 +154,8 @@ class Run:
             self._write_config()
             self._keep()
             self._write()
-        bar = tqdm(total=epochs * (self.steps or 0) or None, unit=" steps", mininterval=0.5, disable=not progress)
-        bar.update(len(self.history) * (self.steps or 0))
+        bar = tqdm(total=epochs * self.steps or None, unit=" steps", mininterval=0.5, disable=not progress)
+        bar.update(len(self.history) * self.steps)
         try:
             with bar, self.program.modes_kept(), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Encountered (NaN|inf)")  # reported below, with the site
@@ -163,13 +171,6 @@ class Run:
                 self.program.load_state_dict(self.best)
             self._write()
 
-    @property
-    def steps(self) -> int | None:
-        """Steps in an epoch, where they are known."""
-        if isinstance(self.train, Data):
-            return math.ceil(len(self.train) / self.settings["batch_size"])
-        return None if isinstance(self.train.dataset, IterableDataset) else len(self.train)
-
     def _stale(self, patience: int | None) -> bool:
         return patience is not None and len(self.history) - self.best_epoch >= patience
 
@@ -180,9 +181,7 @@ class Run:
         start, total, seen = time.perf_counter(), 0.0, 0
         batches = self._stream(self.train, "train", shuffle=self.generator)
         weight = None
-        for step, (batch, arguments, num_data) in enumerate(
-            self._steps_of(batches), len(self.history) * (self.steps or 0)
-        ):
+        for step, (batch, arguments, num_data) in enumerate(self._steps_of(batches), len(self.history) * self.steps):
             if self.kl_weight is not None:
                 weight = float(self.kl_weight(step))
                 arguments = {"arguments": arguments, "kl_weight": weight}

@@ -9,6 +9,8 @@ from pyro.infer import ELBO
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from pyrovae.traces import check_whole
+
 Schedule = Callable[[int], float]
 
 
@@ -33,7 +35,7 @@ class Linear:
     start: float = 0.0
 
     def __post_init__(self) -> None:
-        _check(self.steps, "steps")
+        check_whole(steps=self.steps)
         if not 0 <= self.start < math.inf:
             raise ValueError(f"Expected start to be a number of at least 0; got {self.start!r}")
 
@@ -63,18 +65,13 @@ class Cyclical:
     rising: float = 0.5
 
     def __post_init__(self) -> None:
-        _check(self.period, "period")
+        check_whole(period=self.period)
         if not 0 < self.rising < 1:
             raise ValueError(f"Expected rising to be a number between 0 and 1; got {self.rising!r}")
 
     def __call__(self, step: int) -> float:
         """The weight of a step, counted from 0."""
         return min(1.0, step % self.period / (self.rising * self.period))
-
-
-def _check(steps: int, name: str) -> None:
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        raise ValueError(f"Expected {name} to be a whole number of at least 1; got {steps!r}")
 
 
 def check_kl_weight(kl_weight: float | Schedule, steps: int | None) -> None:

@@ -109,6 +109,13 @@ def check_arguments(program: Any, num_particles: int = 1) -> None:
         )
 
 
+def check_whole(**values: Any) -> None:
+    """Raises ValueError for what is not a whole number of at least 1."""
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"Expected {name} to be a whole number of at least 1; got {value!r}")
+
+
 def is_fixed(support: Any) -> bool:
     """Whether a support is the same for all data and latents."""
     parts = [support, getattr(support, "base_constraint", None)]
@@ -190,7 +197,7 @@ def read(program: LatentModel, traces: Traces, num_particles: int, n: int, dims:
     """
     guide, model = map(sample_sites, traces)
     latents = [name for name, site in model.items() if not site["is_observed"]]
-    _check_latents(latents, guide)
+    check_latents(latents, guide)
     if len(latents) == len(model):
         raise ValueError(f"Expected the model to observe data; got only latent sites, {sorted(latents)}")
     log_q = {name: _log_prob(program, site, num_particles, n, dims) for name, site in guide.items()}
@@ -205,7 +212,8 @@ def read(program: LatentModel, traces: Traces, num_particles: int, n: int, dims:
     )
 
 
-def _check_latents(model: list[str], guide: dict[str, Any]) -> None:
+def check_latents(model: list[str], guide: dict[str, Any]) -> None:
+    """Raises ValueError where the latent sites of model and guide differ; auxiliary ones aside."""
     missing = sorted(set(model) - set(guide))
     extra = sorted(name for name in set(guide) - set(model) if not guide[name]["infer"].get("is_auxiliary"))
     if missing or extra:

@@ -192,9 +192,10 @@ def test_settings_that_do_not_go_together_are_refused(settings, message):
         quiet(vae(), data(), epochs=2, batch_size=10, **settings)
 
 
-def test_a_moving_weight_needs_data_of_known_length():
+def test_a_moving_weight_needs_data_of_known_length(tmp_path):
     with pytest.raises(ValueError, match="train of known length with a kl_weight that moves"):
-        quiet(vae(), DataLoader(Endless(), batch_size=2), epochs=2, kl_weight=Linear(2))
+        quiet(vae(), DataLoader(Endless(), batch_size=2), epochs=2, kl_weight=Linear(2), run_dir=tmp_path / "run")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("settings", [{"elbo": IWAE_ELBO(2)}, {"free_bits": 1.0}])
