@@ -7,6 +7,9 @@ from pyrovae import reference as reference
 from pyrovae.bounds import IWAE_ELBO as IWAE_ELBO
 from pyrovae.bounds import STL_ELBO as STL_ELBO
 from pyrovae.bounds import FreeBits_ELBO as FreeBits_ELBO
+from pyrovae.check import Finding as Finding
+from pyrovae.check import Report as Report
+from pyrovae.check import check as check
 from pyrovae.checkpoint import load as load
 from pyrovae.checkpoint import save as save
 from pyrovae.compare import Comparison as Comparison

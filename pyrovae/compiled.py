@@ -89,12 +89,30 @@ class Compiled:
             graphs[:] = [*graphs[1 - MANY_TRACES :], graph]
         return graph(leaves)
 
+    def trace(self, *args: Any, **kwargs: Any) -> None:
+        """Trace the function, and compile nothing: whether it could be.
+
+        Raises:
+            CompileError: as a call.
+        """
+        self._make(*pytree.tree_flatten((args, kwargs)))
+
     def _trace(self, leaves: list[Any], spec: Any) -> "_Graph":
+        graph, tensors, inputs, like, state, (out, out_spec) = self._make(leaves, spec)
+        keep_draws(graph)
+        copy_views(graph)
+        constants = [_TENSOR if isinstance(value, Tensor) else value for value in out]
+        captured = [*graph.parameters(), *graph.buffers()]
+        facts = list(map(_facts, captured))
+        return _Graph(compile_graph(graph, tensors), inputs, like, constants, out_spec, state, captured, facts)
+
+    def _make(self, leaves: list[Any], spec: Any) -> Any:
+        """The graph, tensors like its inputs, which leaves these are, and what else a `_Graph` needs."""
         from torch.fx.experimental.proxy_tensor import make_fx
 
         inputs = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor | float)]
         like = _widest([leaf for leaf in leaves if isinstance(leaf, Tensor)])
-        results: dict[str, Any] = {}
+        results: list[Any] = []
         untouched = _Untouched()
 
         def flat(*tensors: Tensor) -> list[Tensor]:
@@ -103,8 +121,8 @@ class Compiled:
                 values[i] = tensor
             args, kwargs = pytree.tree_unflatten(values, spec)
             with untouched, _NoExport():
-                results["out"], results["spec"] = pytree.tree_flatten(self.function(*args, **kwargs))
-            return [value for value in results["out"] if isinstance(value, Tensor)]
+                results[:] = pytree.tree_flatten(self.function(*args, **kwargs))
+            return [value for value in results[0] if isinstance(value, Tensor)]
 
         self.num_traces += 1
         # of their own, for what is true of these arguments (two that are one tensor) need not be true of others
@@ -114,12 +132,7 @@ class Compiled:
                 graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)
         finally:
             untouched.put_back()
-        keep_draws(graph)
-        copy_views(graph)
-        constants = [_TENSOR if isinstance(value, Tensor) else value for value in results["out"]]
-        captured = [*graph.parameters(), *graph.buffers()]
-        facts = list(map(_facts, captured))
-        return _Graph(compile_graph(graph, tensors), inputs, like, constants, results["spec"], state, captured, facts)
+        return graph, tensors, inputs, like, state, results
 
 
 @dataclass(frozen=True)

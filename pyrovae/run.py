@@ -16,6 +16,7 @@ from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
 from pyrovae import checkpoint
+from pyrovae.check import warn_of_findings
 from pyrovae.conditionals.conditional import networks_in
 from pyrovae.data import Batch, Data, num_rows, stream
 from pyrovae.draws import Draws, evenly
@@ -133,6 +134,7 @@ class Run:
         if first is None:
             raise ValueError("Expected train to hold at least one datum; got an empty DataLoader")
         survey = Survey.of(self.program, first, "train")
+        warn_of_findings(self.program, first, survey)
         for name, data in (("train", self.train), ("val", self.val)):
             if isinstance(data, Data) and data.fixed:
                 check_keys(data.tensors, self.program.model, self.program.guide)

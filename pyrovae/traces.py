@@ -200,8 +200,8 @@ def read(program: LatentModel, traces: Traces, num_particles: int, n: int, dims:
     check_latents(latents, guide)
     if len(latents) == len(model):
         raise ValueError(f"Expected the model to observe data; got only latent sites, {sorted(latents)}")
-    log_q = {name: _log_prob(program, site, num_particles, n, dims) for name, site in guide.items()}
-    log_p = {name: _log_prob(program, site, num_particles, n, dims) for name, site in model.items()}
+    log_q = {name: site_log_prob(program, site, num_particles, n, dims) for name, site in guide.items()}
+    log_p = {name: site_log_prob(program, site, num_particles, n, dims) for name, site in model.items()}
     return Draw(
         guide=log_q,
         latents={name: log_p[name] for name in latents},
@@ -224,7 +224,7 @@ def check_latents(model: list[str], guide: dict[str, Any]) -> None:
         )
 
 
-def _log_prob(program: LatentModel, site: Any, num_particles: int, n: int, dims: int) -> Tensor:
+def site_log_prob(program: LatentModel, site: Any, num_particles: int, n: int, dims: int) -> Tensor:
     """log-probability `(K, N)` of one site, summed over all its plates but those of particles and data.
 
     `dims` plates there are at most; with more than `program`'s own, the first is that of the particles. Otherwise

@@ -1,0 +1,138 @@
+"""What depends on what in a program: weights on data, latents on data, data on latents, the loss on parameters."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pyro.poutine as poutine
+import torch
+from torch import Tensor, nn
+
+from pyrovae.data import Batch, num_rows
+from pyrovae.program import LatentModel
+from pyrovae.survey import Survey
+from pyrovae.symptoms.finding import SEED, Finding, aside
+from pyrovae.traces import sample_sites, site_log_prob, traced
+
+JITTER = 0.05  # put on weights, lest a layer that begins at zero pass for one that no gradient reaches
+
+
+def independence(program: LatentModel, batch: Batch, survey: Survey) -> Iterator[Finding]:
+    """A datum's log-weight depends on that datum alone."""
+    n = num_rows(batch)
+    other = next((i for i in range(1, n) if any(not torch.equal(v[i], v[0]) for v in batch.values())), None)
+    if other is None or n < 3:
+        return
+    changed = {key: torch.cat([value[other : other + 1], value[1:]]) for key, value in batch.items()}
+    for training in (False, True):
+        site = _moved(program, batch, changed, survey, training)
+        if site is None:
+            continue
+        norms = [
+            name for name, module in program.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        ]
+        cause = "what is computed over the batch"
+        if training and norms:
+            cause = f"the batch normalization of {', '.join(norms[:3])}, in training mode"
+        yield Finding(
+            "independence",
+            norms[0] if training and norms else site,
+            f"another first datum changes the log-probabilities of the others at site {site!r}, by {cause}: the loss "
+            "is then no sum over data, and no bound on each one's log p(x). Compute over the last dimension alone"
+            + (", as nn.LayerNorm does" if norms else ""),
+        )
+        return
+
+
+def _moved(program: LatentModel, batch: Batch, changed: Batch, survey: Survey, training: bool) -> str | None:
+    """The first site at which another first datum moves the others' log-probabilities, the latents being the same."""
+    with aside(program, training), torch.no_grad():
+        latents, _ = traced(program, batch)
+    found = []
+    for rows in (batch, changed):
+        with aside(program, training), torch.no_grad():
+            sites = [site for trace in traced(program, rows, latents=latents) for site in sample_sites(trace).values()]
+            found.append([site_log_prob(program, site, 1, num_rows(rows), survey.nesting) for site in sites])
+    before, after = found
+    for site, one, another in zip(sites, before, after, strict=True):
+        if not torch.allclose(one[:, 1:], another[:, 1:], rtol=1e-5, atol=1e-6, equal_nan=True):
+            return site["name"]
+    return None
+
+
+def reads_data(program: LatentModel, batch: Batch, survey: Survey) -> Iterator[Finding]:
+    """Every latent of the guide depends on the data."""
+    others = {key: value.roll(1, 0) for key, value in batch.items()}
+    if all(torch.equal(value, others[key]) for key, value in batch.items()):
+        return
+    seen = []
+    for rows in (batch, others):
+        with aside(program), torch.no_grad():
+            _jitter(program)
+            torch.manual_seed(SEED)
+            seen.append(sample_sites(poutine.trace(program.guide).get_trace(**rows)))
+    first, second = seen
+    for name, site in first.items():
+        again = second[name]
+        same = torch.equal(site["value"], again["value"])
+        if same and torch.equal(site["fn"].log_prob(site["value"]), again["fn"].log_prob(again["value"])):
+            yield Finding(
+                "guide",
+                name,
+                f"the guide draws {name!r} in the same way whatever the data: q is no posterior then, and learns no "
+                "more than the prior. Let its parameters be a function of the data",
+            )
+
+
+def _jitter(program: nn.Module) -> None:
+    for parameter in program.parameters():
+        parameter.data.add_(JITTER * torch.randn_like(parameter))
+
+
+def gradients(program: LatentModel, batch: Batch, survey: Survey) -> Iterator[Finding]:
+    """Every parameter receives a gradient."""
+    parameters: dict[str, Tensor] = {name: p for name, p in program.named_parameters() if p.requires_grad}
+    with aside(program), torch.enable_grad():
+        _jitter(program)
+        guide, model = map(sample_sites, traced(program, batch))
+        reached = _reached(guide, parameters) | _reached(model, parameters)
+    for name in [name for name in parameters if name not in reached]:
+        yield Finding(
+            "gradients",
+            name,
+            f"parameter {name!r} receives no gradient from model or guide: it stays what it was at first. Is its "
+            "output detached, computed under no_grad or not used? What shall stay fixed has requires_grad_(False)",
+        )
+
+
+def _log_probs(sites: dict[str, Any]) -> Tensor:
+    return torch.stack([site["fn"].log_prob(site["value"]).sum() for site in sites.values()]).sum()
+
+
+def _reached(sites: dict[str, Any], parameters: dict[str, Tensor]) -> set[str]:
+    """Which parameters the log-probabilities of these sites have a gradient in."""
+    total = _log_probs(sites)
+    if not total.requires_grad or not parameters:
+        return set()
+    grads = torch.autograd.grad(total, list(parameters.values()), retain_graph=True, allow_unused=True)
+    return {name for name, grad in zip(parameters, grads, strict=True) if grad is not None and bool(grad.any())}
+
+
+def reads_latents(program: LatentModel, batch: Batch, survey: Survey) -> Iterator[Finding]:
+    """The density of the data depends on a latent."""
+    with aside(program), torch.enable_grad():
+        _jitter(program)
+        guide = sample_sites(poutine.trace(program.guide).get_trace(**batch))
+        drawn = {name: site["value"].detach() for name, site in guide.items()}
+        leaves = [value.requires_grad_() for value in drawn.values() if value.is_floating_point()]
+        model = sample_sites(poutine.trace(poutine.condition(program.model, data=drawn)).get_trace(**batch))
+        observed = {name: site for name, site in model.items() if site["is_observed"] and name not in drawn}
+        total = _log_probs(observed)
+        grads = torch.autograd.grad(total, leaves, allow_unused=True) if total.requires_grad and leaves else []
+    if leaves and not any(grad is not None and bool(grad.any()) for grad in grads):
+        name = ", ".join(observed)
+        yield Finding(
+            "likelihood",
+            name,
+            f"the density of {name!r} does not depend on any latent, so that these are of no use. Is a latent "
+            "detached, or its network not called with it?",
+        )

@@ -1,0 +1,46 @@
+"""A finding, and how a program is run aside."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pyro
+import torch
+
+from pyrovae.program import LatentModel
+
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is wrong with a program.
+
+    Attributes:
+        check: the name of the check that found it.
+        site: the sample site, parameter or module that it is about; None where there is no one of them.
+        message: what was found, why it matters and what to change.
+    """
+
+    check: str
+    site: str | None
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.check}: {self.message}"
+
+
+@contextmanager
+def aside(program: LatentModel, training: bool = False) -> Iterator[None]:
+    """Run a program in its scope with noise of its own; weights, modes and torch's random state are put back."""
+    state = {name: value.detach().clone() for name, value in program.state_dict().items()}
+    with torch.random.fork_rng(), program.modes_kept(), program.scope(), pyro.validation_enabled(False):
+        torch.manual_seed(SEED)
+        program.train(training)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, value in program.state_dict().items():
+                    if name in state:
+                        value.copy_(state[name])
