@@ -371,6 +371,7 @@ def test_what_is_checked_must_be_a_program_and_data():
 def test_one_datum_and_equal_data_are_enough_to_run():
     assert check(Two(), data(1)).findings == []
     assert check(Two(), torch.ones(7, X)).findings == []
+    assert check(Two(), torch.zeros(7, X)).findings == []
 
 
 def test_fit_warns_of_what_is_cheap_to_see():

@@ -93,7 +93,12 @@ def gradients(program: LatentModel, batch: Batch, survey: Survey) -> Iterator[Fi
     parameters: dict[str, Tensor] = {name: p for name, p in program.named_parameters() if p.requires_grad}
     with aside(program), torch.enable_grad():
         _jitter(program)
-        guide, model = map(sample_sites, traced(program, batch))
+        # no gradient flows through a weight whose input is zero, as black pixels are
+        moved = {
+            key: value + torch.rand_like(value) if value.is_floating_point() else value for key, value in batch.items()
+        }
+        trace = poutine.trace(program.guide).get_trace(**moved)
+        guide, model = (sample_sites(trace), sample_sites(traced(program, batch, latents=trace)[1]))
         reached = _reached(guide, parameters) | _reached(model, parameters)
     for name in [name for name in parameters if name not in reached]:
         yield Finding(

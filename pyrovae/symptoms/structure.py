@@ -42,6 +42,7 @@ def _failure(error: Exception, what: str) -> Finding:
     """A finding that shows a program's own error, whole."""
     text = str(error)
     if "Shape mismatch inside plate" in text:
+        text = text.splitlines()[0]
         site = text.split("at site ")[-1].split(" ")[0]
         return Finding(
             "plate",
