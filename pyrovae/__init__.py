@@ -21,6 +21,8 @@ from pyrovae.fit import fit as fit
 from pyrovae.functions import as_program as as_program
 from pyrovae.models import VAE as VAE
 from pyrovae.models import AuxiliaryVAE as AuxiliaryVAE
+from pyrovae.models import ConditionalVAE as ConditionalVAE
+from pyrovae.models import HierarchicalVAE as HierarchicalVAE
 from pyrovae.models import LinearGaussian as LinearGaussian
 from pyrovae.models import SemiSupervisedVAE as SemiSupervisedVAE
 from pyrovae.nets import MLP as MLP
