@@ -37,6 +37,7 @@ from pyrovae.objectives import CompiledTraceEnum_ELBO as CompiledTraceEnum_ELBO
 from pyrovae.objectives import CompiledTraceMeanField_ELBO as CompiledTraceMeanField_ELBO
 from pyrovae.program import LatentModel as LatentModel
 from pyrovae.program import data_plate as data_plate
+from pyrovae.quadrants import quadrant as quadrant
 from pyrovae.schedules import Cyclical as Cyclical
 from pyrovae.schedules import Linear as Linear
 from pyrovae.survey import log_weights as log_weights

@@ -17,7 +17,7 @@ PACKAGE = Path(pyrovae.__file__).parent
 FLOORS = [
     ("nets", "reference", "weights", "sources", "watch", "inductor", "options"),
     ("data",),
-    ("conditionals", "labels"),
+    ("conditionals", "labels", "quadrants"),
     ("program",),
     ("functions", "traces", "compiled"),
     ("survey",),

@@ -1,7 +1,7 @@
 """The variational autoencoder with several stochastic layers."""
 
 from collections.abc import Sequence
-from typing import Literal, Self, get_args
+from typing import Literal, Self, cast, get_args
 
 import pyro
 import torch
@@ -65,7 +65,9 @@ class HierarchicalVAE(LatentModel):
             raise ValueError(f"Expected guide_kind to be one of {', '.join(get_args(GuideKind))}; got {guide_kind!r}")
         if guide_kind == "ladder":
             _check_ladder(priors=priors, posteriors=posteriors)
-        self.priors, self.likelihood, self.posteriors = nn.ModuleList(priors), likelihood, nn.ModuleList(posteriors)
+        self.priors = cast("Sequence[Conditional]", nn.ModuleList(priors))
+        self.likelihood = likelihood
+        self.posteriors = cast("Sequence[Conditional]", nn.ModuleList(posteriors))
         self.guide_kind: GuideKind = guide_kind
 
     @classmethod
@@ -102,6 +104,7 @@ class HierarchicalVAE(LatentModel):
                 f"Expected z_dims and hidden to have one common length, at least 1; got {len(z_dims)} and {len(hidden)}"
             )
         sizes, top = (x_dim, *z_dims), len(z_dims)
+        decoder = likelihood.mlp(z_dims[0], x_dim, hidden[0][::-1], activation)
         priors: list[Conditional] = [
             DiagonalNormal.mlp(sizes[i + 1], sizes[i], hidden[i][::-1], activation) for i in range(1, top)
         ]
@@ -112,12 +115,7 @@ class HierarchicalVAE(LatentModel):
                 above = z_dims[i + 1] if guide_kind == "top-down" and i + 1 < top else 0
                 parents, units = above + x_dim, [size for layer in hidden[: i + 1] for size in layer]
             posteriors.append(DiagonalNormal.mlp(parents, z_dims[i], units, activation))
-        return cls(
-            [*priors, StandardNormal(z_dims[-1])],
-            likelihood.mlp(z_dims[0], x_dim, hidden[0][::-1], activation),
-            posteriors,
-            guide_kind,
-        )
+        return cls([*priors, StandardNormal(z_dims[-1])], decoder, posteriors, guide_kind)
 
     def model(self, x: Tensor | None = None) -> Tensor:
         """p(z_L) p(z_{L-1} | z_L) ... p(z_1 | z_2) p(x | z_1)."""
@@ -134,25 +132,18 @@ class HierarchicalVAE(LatentModel):
         z: dict[int, Tensor] = {}
         with data_plate(x):
             for i in layers if self.guide_kind == "bottom-up" else reversed(layers):
-                z[i] = pyro.sample(f"z{i + 1}", self._posterior(i).distribution(self._posterior_eta(i, x, z)))
-
-    def _posterior(self, i: int) -> Conditional:
-        posterior = self.posteriors[i]
-        assert isinstance(posterior, Conditional)
-        return posterior
+                z[i] = pyro.sample(f"z{i + 1}", self.posteriors[i].distribution(self._posterior_eta(i, x, z)))
 
     def _posterior_eta(self, i: int, x: Tensor, z: dict[int, Tensor]) -> Tensor:
         """eta of the posterior of z_{i+1}, given the layers that the guide has drawn before."""
-        posterior, top = self._posterior(i), len(self.posteriors) - 1
+        posterior, top = self.posteriors[i], len(self.posteriors) - 1
         if self.guide_kind == "bottom-up":
             return posterior.eta(x if i == 0 else z[i - 1])
         if i == top:
             return posterior.eta(x)
         if self.guide_kind == "top-down":
             return posterior.eta(z[i + 1], x)
-        prior = self.priors[i]
-        assert isinstance(prior, Conditional)
-        return _product(posterior.eta(x), prior.eta(z[i + 1]))
+        return _product(posterior.eta(x), self.priors[i].eta(z[i + 1]))
 
     def reference_elbo(self, x: Tensor, **z: Tensor) -> Tensor | None:
         """The hand-written one-draw ELBO `(*, N)` at the noise behind z1, ..., zL, each `(*, N, D)`.
