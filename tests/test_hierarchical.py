@@ -71,7 +71,7 @@ def test_with_the_exact_posterior_every_weight_is_p_of_x(kind):
 @pytest.mark.usefixtures("float64")
 def test_log_px_of_a_linear_gaussian_hierarchy_is_the_exact_one(kind):
     torch.manual_seed(3)
-    a, b, others = torch.randn(3, 2), torch.randn(4, 3), (0.7, 0.9, 0.3)
+    a, b, others = torch.randn(3, 2) / 2, torch.randn(4, 3) / 2, (0.7, 1.0, 0.3)
     program = HierarchicalVAE.mlp(4, (3, 2), ((5,), (5,)), guide_kind=kind)
     priors, likelihood = linear_model(a, b, *others)
     program = HierarchicalVAE(priors, likelihood, list(program.posteriors), kind)
@@ -80,9 +80,8 @@ def test_log_px_of_a_linear_gaussian_hierarchy_is_the_exact_one(kind):
         part.requires_grad_(False)
     fit(program, program.sample(2000), epochs=20, lr=5e-3, seed=0, progress=False)
     result = evaluate(program, x, 2000, seed=1, progress=False)
-    log_px = exact_log_prob(x, a, b, *others)
-    assert (result.k_hat < 0.7).float().mean() > 0.9
-    assert ((result.log_px - log_px).abs() < 5 * result.standard_error + 1e-6)[result.k_hat < 0.7].all(), "seeds 3, 1"
+    assert (result.k_hat < 0.7).all()
+    assert ((result.log_px - exact_log_prob(x, a, b, *others)).abs() < 5 * result.standard_error).all(), "seeds 3, 0, 1"
 
 
 @pytest.mark.usefixtures("float64")
