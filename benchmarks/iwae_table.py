@@ -6,12 +6,14 @@
     PYROVAE_DATA=... python benchmarks/iwae_table.py --layers 2 --guides bottom-up ladder  # a guide beside another
 
 One layer: 784-200-200-50, tanh. Two layers: 784-200-200-100-100-100-50, of which 100 and 50 are stochastic; the paper's
-guide is bottom-up, q(h1 | x) q(h2 | h1), top-down and ladder are those of `HierarchicalVAE`. VAE averages the ELBO over k draws, IWAE is the bound of k draws, DReG the same bound with the
-doubly reparameterized gradient, IAF a VAE whose posterior is an inverse autoregressive flow. log p(x) is that of all
-test images with 5000 draws; a latent is active where its posterior mean varies by more than 0.01 over them. The
-epoch is chosen by the ELBO on validation data. There are as many epochs as --minutes allow, but --epochs at most, and
-the learning rate falls geometrically over them. Rows are added to --out with seed, time and machine as soon as they are
-known, and rows that are there are not run again.
+guide is bottom-up, q(h1 | x) q(h2 | h1), top-down and ladder are those of `HierarchicalVAE`.
+
+VAE averages the ELBO over k draws, IWAE is the bound of k draws, DReG the same bound with the doubly reparameterized
+gradient, IAF a VAE of one layer whose posterior is an inverse autoregressive flow. log p(x) is that of all test images
+with 5000 draws; a latent is active where its posterior mean varies by more than 0.01 over them. The epoch is chosen by
+the ELBO on validation data. There are as many epochs as --minutes allow, but --epochs at most, and the learning rate
+falls geometrically over them. Rows are added to --out with seed, time and machine as soon as they are known, and rows
+that are there are not run again.
 
 The paper trained 3,280 epochs of batch 20.
 """
@@ -56,6 +58,7 @@ PAPER = {
     (2, "static", "IWAE", 5): (86.17, None),
     (2, "static", "IWAE", 50): (85.32, None),
 }
+KEY = ("data", "row", "layers", "guide", "k", "seed")  # of a row that is finished
 SETS = {"static": ("binarized-mnist", "none"), "dynamic": ("mnist", "dynamic")}
 
 Row = Literal["VAE", "IWAE", "DReG", "IAF"]
@@ -214,10 +217,8 @@ def main(options: Options) -> None:
     """Print each row beside the paper's."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    print(
-        f"{'data':8} {'row':5} {'layers':12} {'k':>3} {'-log p(x)':>18} {'active':>6} {'epochs':>6} {'minutes':>7}   paper",
-        flush=True,
-    )
+    names = f"{'data':8} {'row':5} {'layers':12} {'k':>3} {'-log p(x)':>18} {'active':>6} {'epochs':>6} {'minutes':>7}"
+    print(f"{names}   paper", flush=True)
     for data_name, network, row, k in itertools.product(options.data, networks(options), options.rows, options.k):
         key = (data_name, row, str(network.layers), network.guide, str(k), str(options.seed))
         if key in done(options.out) or (row == "IAF" and network.layers == 2):
@@ -225,9 +226,11 @@ def main(options: Options) -> None:
         found = measure(data_name, row, network, k, options)
         add_row(options.out, found)
         paper, active = PAPER.get((network.layers, data_name, "VAE" if k == 1 else row, k), (None, None))
+        layers = f"{network.layers} {network.guide}"
         print(
-            f"{data_name:8} {row:5} {f'{network.layers} {network.guide}':12} {k:3} {found['nll']:9.3f} +- {found['standard_error']:.3f} {found['active']:6} "
-            f"{found['epochs']:6} {found['minutes']:7}   {paper or ''}{f' ({active})' if active else ''}",
+            f"{data_name:8} {row:5} {layers:12} {k:3} {found['nll']:9.3f} +- {found['standard_error']:.3f} "
+            f"{found['active']:>6} {found['epochs']:6} {found['minutes']:7}   "
+            f"{paper or ''}{f' ({active})' if active else ''}",
             flush=True,
         )
 
