@@ -20,6 +20,7 @@ The paper trained 3,280 epochs of batch 20.
 
 import csv
 import itertools
+import math
 import platform
 import time
 from dataclasses import dataclass
@@ -96,6 +97,8 @@ class Options:
     """Learning rate of Adam in the first epoch."""
     lr_final: float = 1e-4
     """In the last epoch."""
+    warm_up: int = 0
+    """Epochs in which the KL weight of VAE and IAF rises from 0 to 1, without which a ladder's h1 stays at p(h1 | h2)."""
     flow_steps: int = 2
     """Of the inverse autoregressive flow."""
     num_particles: int = 5000
@@ -141,6 +144,13 @@ def bound_of(row: Row, k: int) -> ELBO:
     return Trace_ELBO(num_particles=k, vectorize_particles=k > 1, max_plate_nesting=1)
 
 
+def kl_weight_of(row: Row, num_data: int, epochs: int, options: Options) -> float | pv.Linear:
+    if row in ("IWAE", "DReG") or options.warm_up == 0:
+        return 1.0
+    steps = math.ceil(num_data / options.batch_size)
+    return pv.Linear(min(options.warm_up, epochs) * steps - 1)
+
+
 def train(
     row: Row, network: Network, k: int, data: pv.data.Splits, epochs: int, options: Options
 ) -> tuple[pv.VAE | pv.HierarchicalVAE, list[dict[str, float]], Rate]:
@@ -151,6 +161,7 @@ def train(
         data.train,
         data.val,
         elbo=bound_of(row, k),
+        kl_weight=kl_weight_of(row, len(data.train), epochs, options),
         epochs=epochs,
         batch_size=options.batch_size,
         lr=rate,

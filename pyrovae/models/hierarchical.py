@@ -29,7 +29,8 @@ class HierarchicalVAE(LatentModel):
 
     The ladder's product of two diagonal Gaussians is one itself: its precision is the sum of theirs, its mean theirs
     weighted by precision. Each q^ has a network of its own from x; Sønderby et al. share one upward path, with batch
-    norm, among all layers.
+    norm, among all layers. Its guide is the prior wherever q^ is wide, and training may leave it there, z_1 telling
+    nothing of x beyond z_2: their remedy is a KL weight that rises, `fit(..., kl_weight=Linear(steps))`.
 
     The sites are z1, ..., zL.
 
