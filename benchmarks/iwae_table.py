@@ -98,7 +98,7 @@ class Options:
     lr_final: float = 1e-4
     """In the last epoch."""
     warm_up: int = 0
-    """Epochs in which the KL weight of VAE and IAF rises from 0 to 1, without which a ladder's h1 stays at p(h1 | h2)."""
+    """Epochs in which the KL weight of VAE and IAF rises from 0 to 1; a ladder needs some."""
     flow_steps: int = 2
     """Of the inverse autoregressive flow."""
     num_particles: int = 5000
