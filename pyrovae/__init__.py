@@ -24,6 +24,8 @@ from pyrovae.fit import fit as fit
 from pyrovae.functions import as_program as as_program
 from pyrovae.models import VAE as VAE
 from pyrovae.models import AuxiliaryVAE as AuxiliaryVAE
+from pyrovae.models import ConditionalVAE as ConditionalVAE
+from pyrovae.models import HierarchicalVAE as HierarchicalVAE
 from pyrovae.models import LinearGaussian as LinearGaussian
 from pyrovae.models import SemiSupervisedVAE as SemiSupervisedVAE
 from pyrovae.nets import MLP as MLP
@@ -38,6 +40,7 @@ from pyrovae.objectives import CompiledTraceEnum_ELBO as CompiledTraceEnum_ELBO
 from pyrovae.objectives import CompiledTraceMeanField_ELBO as CompiledTraceMeanField_ELBO
 from pyrovae.program import LatentModel as LatentModel
 from pyrovae.program import data_plate as data_plate
+from pyrovae.quadrants import quadrant as quadrant
 from pyrovae.schedules import Cyclical as Cyclical
 from pyrovae.schedules import Linear as Linear
 from pyrovae.survey import log_weights as log_weights

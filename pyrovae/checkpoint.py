@@ -183,7 +183,7 @@ def describe(value: Any) -> Any:
 
 
 def _describe(value: Any, place: str, seen: dict[int, str]) -> Any:
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | nn.ModuleList):
         return [_describe(item, f"{place}.{i}", seen) for i, item in enumerate(value)]
     if value is None or isinstance(value, bool | int | float | str):
         return value

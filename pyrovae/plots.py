@@ -12,6 +12,7 @@ from torch import Tensor
 from pyrovae.compare import Comparison
 from pyrovae.data import as_batch
 from pyrovae.program import LatentModel
+from pyrovae.quadrants import Quadrant, pixels_of
 from pyrovae.run import score
 
 if TYPE_CHECKING:
@@ -81,6 +82,40 @@ def analogies(program: LatentModel, x: Any, shape: Sequence[int] | None = None, 
         figure, axes = _figure(5, 5 * len(rows) / rows.shape[1] + 0.4)
         _show(axes, _grid(rows.flatten(0, 1), shape, rows.shape[1]))
     axes.set_title("data (left), and their style in every class")
+    return figure
+
+
+def completions(
+    program: LatentModel, data: Any, shape: Sequence[int], which: Quadrant, *, n: int = 8, draws: int = 6
+) -> Figure:
+    """In each row the given quadrant of an image, draws of the whole, z ~ p(z | c), and the truth (Sohn et al. 2015).
+
+    What a draw shows is E[x | z, c] beside the quadrant c that was given.
+
+    Args:
+        program: a `LatentModel` of x given c.
+        data: as `quadrant` gives them.
+        shape: (channels, height, width) of the whole image.
+        which: the quadrant.
+        n: how many of the data.
+        draws: how many completions of each.
+
+    Raises:
+        ValueError: for data that are not cut so.
+    """
+    batch = {key: value[:n] for key, value in as_batch(data, "data").items()}
+    inside = pixels_of(shape, which)
+    sizes = {key: value.shape[-1] for key, value in batch.items()}
+    if (sizes.get("c"), sizes.get("x")) != (int(inside.sum()), int((~inside).sum())):
+        raise ValueError(f"Expected data that quadrant(data, {tuple(shape)}, {which!r}) cuts; got sizes {sizes}")
+    x, c = batch["x"], batch["c"]
+    drawn = program.sample(len(x) * draws, c=c.repeat_interleave(draws, 0), mean=True).to(x)
+    values = torch.cat([torch.full_like(x, 0.5).unsqueeze(1), drawn.unflatten(0, (len(x), draws)), x.unsqueeze(1)], 1)
+    images = x.new_empty(*values.shape[:2], len(inside))
+    images[..., inside], images[..., ~inside] = c.unsqueeze(1), values
+    figure, axes = _figure(5, 5 * len(x) / (draws + 2) + 0.4)
+    _show(axes, _grid(images.flatten(0, 1), shape, draws + 2))
+    axes.set_title("given, completions, truth")
     return figure
 
 

@@ -72,14 +72,14 @@ class LatentModel(nn.Module):
             mean: E[x | z] in the place of x, which is what pictures usually show; a draw where it has no closed form.
             like: a batch, needed only for a model that cannot be called without its data: shapes are taken
                 from it, and what it gives to observed sites is drawn anew.
-            given: arguments of `model` to be held fixed, each `(n, ...)` or one number for all, as y=3; what comes
-                before them in the graph is drawn from its prior all the same.
+            given: arguments of `model` to be held fixed, each `(n, ...)` or one number for all, as y=3: labels,
+                conditions; what comes before them in the graph is drawn from its prior all the same.
 
         Returns:
             What `model` returns, `(n, D)`; with `like`, the value of its data site.
 
         Raises:
-            ValueError: for n < 1, or where the data site cannot be told.
+            ValueError: for n < 1, arguments of another length, or where the data site cannot be told.
         """
         if n < 1:
             raise ValueError(f"Expected n to be at least 1; got {n}")
@@ -89,7 +89,14 @@ class LatentModel(nn.Module):
             if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in given
         ]
         if required and like is None:
-            raise ValueError(f"Expected like=a batch, for the model needs {', '.join(required)}; got none")
+            given_as = ", ".join(f"{name}=..." for name in required)
+            raise ValueError(
+                f"Expected like=a batch, or as conditions {given_as}, for the model needs {', '.join(required)}; "
+                "got none"
+            )
+        for key, value in given.items():
+            if isinstance(value, Tensor) and value.dim() and len(value) != n:
+                raise ValueError(f"Expected {key} to have n={n} rows, one for each datum; got {tuple(value.shape)}")
         device = next((p.device for p in self.parameters()), None)
         fixed = {
             key: value.to(device) if isinstance(value, Tensor) else torch.full((n,), value, device=device)

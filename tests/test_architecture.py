@@ -17,7 +17,7 @@ PACKAGE = Path(pyrovae.__file__).parent
 FLOORS = [
     ("nets", "reference", "weights", "sources", "watch", "inductor", "options"),
     ("data",),
-    ("conditionals", "labels"),
+    ("conditionals", "labels", "quadrants"),
     ("program",),
     ("functions", "traces", "compiled"),
     ("survey",),
@@ -102,9 +102,9 @@ def test_every_model_is_in_the_table_of_contents():
 def test_every_program_of_the_zoo_has_its_reference():
     for name, entry in zoo.PROGRAMS.items():
         program = entry.make()
-        x = entry.data(2)
-        _, latents = replayed_guide(program, {"x": x})
-        assert program.reference_elbo(x, **latents) is not None, f"{name}: write its function in reference/"
+        batch = entry.batch(2)
+        _, latents = replayed_guide(program, batch)
+        assert program.reference_elbo(**batch, **latents) is not None, f"{name}: write its function in reference/"
 
 
 def test_init_is_a_table_of_contents():

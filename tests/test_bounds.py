@@ -24,6 +24,7 @@ from pyrovae import (
     reference,
 )
 from pyrovae.conditionals import DiagonalNormal, FullNormal, StandardNormal, UnitNormal
+from pyrovae.data import as_batch
 from pyrovae.traces import sample_sites
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -31,20 +32,20 @@ everyone = pytest.mark.parametrize("entry", zoo.PROGRAMS.values(), ids=zoo.PROGR
 EXACT = {"rtol": 0, "atol": 1e-10}
 
 
-def loss_and_gradients(elbo, program, x, seed=1, model=None):
+def loss_and_gradients(elbo, program, data, seed=1, model=None):
     """The loss and the gradients of all parameters, zeros where there are none."""
     torch.manual_seed(seed)
-    loss = elbo.differentiable_loss(model or program.model, program.guide, x)
+    loss = elbo.differentiable_loss(model or program.model, program.guide, **as_batch(data))
     parameters = list(program.parameters())
     grads = torch.autograd.grad(loss, parameters, allow_unused=True)
     return loss.detach(), [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)]
 
 
-def latents(program, x, num_particles, seed=1):
+def latents(program, data, num_particles, seed=1):
     """What the guide draws for K particles after this seed, each `(K, N, D)`, as functions of its parameters."""
     torch.manual_seed(seed)
     with pyro.plate("particles", num_particles, dim=-2):
-        trace = poutine.trace(program.guide).get_trace(x)
+        trace = poutine.trace(program.guide).get_trace(**as_batch(data))
     return {name: site["value"] for name, site in sample_sites(trace).items()}
 
 
@@ -74,23 +75,23 @@ class Chain(LatentModel):
 @everyone
 @pytest.mark.parametrize("gradient", ["plain", "dreg"])
 def test_iwae_is_the_bound_by_hand_for_each_datum(entry, gradient):
-    program, x = entry.make(), entry.data(4)
-    loss, _ = loss_and_gradients(IWAE_ELBO(3, gradient), program, x)
-    each = reference.importance_bound(program.reference_elbo(x, **latents(program, x, 3)))
+    program, batch = entry.make(), entry.batch(4)
+    loss, _ = loss_and_gradients(IWAE_ELBO(3, gradient), program, batch)
+    each = reference.importance_bound(program.reference_elbo(**batch, **latents(program, batch, 3)))
     assert_close(-loss, each.sum(), **EXACT)
     assert each.shape == (4,)
 
 
 @everyone
 def test_one_particle_is_the_elbo(entry):
-    program, x = entry.make(), entry.data(4)
-    expected, plain = loss_and_gradients(Trace_ELBO(), program, x)
-    loss, grads = loss_and_gradients(IWAE_ELBO(1), program, x)
+    program, batch = entry.make(), entry.batch(4)
+    expected, plain = loss_and_gradients(Trace_ELBO(), program, batch)
+    loss, grads = loss_and_gradients(IWAE_ELBO(1), program, batch)
     assert_close(loss, expected, **EXACT)
     for ours, theirs in zip(grads, plain, strict=True):
         assert_close(ours, theirs, **EXACT)
     for elbo in (STL_ELBO(), IWAE_ELBO(1, "dreg")):
-        assert_close(loss_and_gradients(elbo, program, x)[0], expected, **EXACT)
+        assert_close(loss_and_gradients(elbo, program, batch)[0], expected, **EXACT)
 
 
 @pytest.mark.parametrize(

@@ -25,11 +25,11 @@ def equal_states(a, b):
 @pytest.mark.usefixtures("float64")
 def test_reference_and_trace_elbo_agree_in_value_and_gradient(entry):
     """Must hold to 1e-10 at the guide's own latents, for every posterior with every likelihood."""
-    program, x = entry.make().eval(), entry.data(5)  # a normalizer that training estimates anew stands still
-    trace = poutine.trace(program.guide).get_trace(x)
-    loss = Trace_ELBO().differentiable_loss(program.model, poutine.replay(program.guide, trace=trace), x)
+    program, batch = entry.make().eval(), entry.batch(5)  # a normalizer that training estimates anew stands still
+    trace = poutine.trace(program.guide).get_trace(**batch)
+    loss = Trace_ELBO().differentiable_loss(program.model, poutine.replay(program.guide, trace=trace), **batch)
     latents = {name: site["value"].detach() for name, site in sample_sites(trace).items()}
-    by_hand = program.reference_elbo(x, **latents).sum()
+    by_hand = program.reference_elbo(**batch, **latents).sum()
     assert_close(-loss, by_hand, rtol=0, atol=1e-10)
     parameters = list(program.parameters())
     for ours, hand in zip(
@@ -42,70 +42,72 @@ def test_reference_and_trace_elbo_agree_in_value_and_gradient(entry):
 @pytest.mark.usefixtures("float64")
 def test_log_weights_are_those_of_plain_traces(entry):
     """Particles together, through our reader, equal Pyro's own log_prob_sum for one particle and one datum."""
-    program, x = entry.make().eval(), entry.data(4)
-    survey = Survey.of(program, {"x": x})
-    drawn = draw(program, {"x": x}, 3, survey)
+    program, batch = entry.make().eval(), entry.batch(4)
+    survey = Survey.of(program, batch)
+    drawn = draw(program, batch, 3, survey)
     assert drawn.log_weights.shape == (3, 4)
     for k in range(3):
         for i in range(4):
-            one = x[i : i + 1]
+            one = {key: value[i : i + 1] for key, value in batch.items()}
             latents = {name: site["value"][k, i : i + 1] for name, site in drawn.guide_sites.items()}
-            guide = poutine.trace(poutine.condition(program.guide, latents)).get_trace(one)
-            model = poutine.trace(poutine.condition(program.model, latents)).get_trace(one)
+            guide = poutine.trace(poutine.condition(program.guide, latents)).get_trace(**one)
+            model = poutine.trace(poutine.condition(program.model, latents)).get_trace(**one)
             expected = model.log_prob_sum() - guide.log_prob_sum()
             assert_close(drawn.log_weights[k, i], expected, rtol=0, atol=1e-10)
 
 
 @everyone
 def test_particles_run_together(entry):
-    assert Survey.of(entry.make(), {"x": entry.data(3)}).vectorized
+    assert Survey.of(entry.make(), entry.batch(3)).vectorized
 
 
 @everyone
 @pytest.mark.usefixtures("float64")
 def test_each_datum_has_its_own_weight(entry):
     """d log w_i / d x_j is exactly zero for i != j, under the same noise."""
-    program, x = entry.make(), entry.data(3)
+    program, batch = entry.make(), entry.batch(3)
+    survey = Survey.of(program, batch)
 
-    def weights(x):
+    def weights(*values):
         with torch.random.fork_rng():
             torch.manual_seed(1)
-            return draw(program, {"x": x}, 2, Survey.of(program, {"x": x.detach()})).log_weights.sum(0)
+            return draw(program, dict(zip(batch, values, strict=True)), 2, survey).log_weights.sum(0)
 
     with pyro.validation_enabled(False):
-        jacobian = torch.autograd.functional.jacobian(weights, x)
-    across = jacobian.abs().sum(-1)
-    assert torch.equal(across, across.diag().diag())
-    assert (across.diag() > 0).all()
+        jacobians = torch.autograd.functional.jacobian(weights, tuple(batch.values()))
+    for jacobian in jacobians:
+        across = jacobian.abs().sum(-1)
+        assert torch.equal(across, across.diag().diag())
+        assert (across.diag() > 0).all()
 
 
 @everyone
 def test_trains_saves_loads_and_evaluates(entry, tmp_path):
-    program, x = entry.make(), entry.data(30)
+    program, data = entry.make(), entry.batch(30)
     before = {name: p.detach().clone() for name, p in program.named_parameters()}
-    history = fit(program, x, entry.data(10, seed=1), epochs=3, batch_size=8, seed=0, progress=False)
+    history = fit(program, data, entry.batch(10, seed=1), epochs=3, batch_size=8, seed=0, progress=False)
     unchanged = [name for name, p in program.named_parameters() if torch.equal(p, before[name])]
     assert not unchanged
     assert [row["epoch"] for row in history] == [1, 2, 3]
     pyrovae.save(program, tmp_path / "a.safetensors")
     loaded = pyrovae.load(tmp_path / "a.safetensors")
     assert equal_states(program, loaded)
-    first, second = (pyrovae.evaluate(p, x, 30, seed=3, progress=False) for p in (program, loaded))
+    first, second = (pyrovae.evaluate(p, data, 30, seed=3, progress=False) for p in (program, loaded))
     assert torch.equal(first.log_px, second.log_px)
     assert (first.log_px >= first.elbo - 1e-4).all()
 
 
 @everyone
 def test_resumes_to_the_same_weights(entry, tmp_path):
-    x, val = entry.data(30), entry.data(10, seed=1)
+    data, val = entry.batch(30), entry.batch(10, seed=1)
     settings = {"batch_size": 8, "seed": 0, "progress": False}
     torch.manual_seed(5)
     whole = entry.make()
-    history = fit(whole, x, val, epochs=4, run_dir=tmp_path / "whole", **settings)
+    history = fit(whole, data, val, epochs=4, run_dir=tmp_path / "whole", **settings)
     torch.manual_seed(5)
-    fit(entry.make(), x, val, epochs=2, run_dir=tmp_path / "halves", **settings)
+    fit(entry.make(), data, val, epochs=2, run_dir=tmp_path / "halves", **settings)
     resumed = entry.make()
-    again = fit(resumed, x, val, epochs=4, run_dir=tmp_path / "halves", resume=True, **settings)
+    again = fit(resumed, data, val, epochs=4, run_dir=tmp_path / "halves", resume=True, **settings)
     assert equal_states(whole, resumed)
     assert [row["val_elbo"] for row in again] == [row["val_elbo"] for row in history]
     files = [(tmp_path / run / checkpoint.WEIGHTS).read_bytes() for run in ("whole", "halves")]
@@ -116,21 +118,22 @@ def test_resumes_to_the_same_weights(entry, tmp_path):
 @pytest.mark.usefixtures("float64")
 def test_fit_is_plain_svi(entry):
     """The same program, seed and Adam through pyro.infer.SVI and through fit: the same parameters after 100 steps."""
-    x = entry.data(40)
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), batch_size=8)
+    data = entry.batch(40)
+    rows = [{key: value[i] for key, value in data.items()} for i in range(40)]
+    loader = torch.utils.data.DataLoader(rows, batch_size=8)
     torch.manual_seed(1)
     ours, plain = entry.make(), entry.make()
     plain.load_state_dict(ours.state_dict())
 
-    def model(x):
+    def model(**batch):
         pyro.module("program", plain)
-        return plain.model(x)
+        return plain.model(**batch)
 
     svi = SVI(model, plain.guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
     pyro.set_rng_seed(2)
     for _ in range(20):
-        for (batch,) in loader:
-            svi.step(batch)
+        for batch in loader:
+            svi.step(**batch)
     fit(ours, loader, epochs=20, lr=1e-3, seed=2, progress=False)
     for (name, p), q in zip(ours.named_parameters(), plain.parameters(), strict=True):
         assert_close(p, q, rtol=1e-9, atol=1e-10, msg=name)
@@ -138,21 +141,22 @@ def test_fit_is_plain_svi(entry):
 
 @everyone
 def test_samples_encodes_reconstructs(entry):
-    program, x = entry.make(), entry.data(5)
+    program, batch = entry.make(), entry.batch(5)
+    given = {key: value[:1].expand(2000, -1) for key, value in batch.items() if key != "x"}
     torch.manual_seed(0)
-    drawn = program.sample(2000)
+    drawn = program.sample(2000, **given)
     torch.manual_seed(0)
-    mean = program.sample(2000, mean=True)
+    mean = program.sample(2000, mean=True, **given)
     error = (drawn - mean).std(0) / 2000**0.5
     assert ((drawn - mean).mean(0).abs() < 5 * error).all(), "seed 0: samples scatter about E[x | z] at the same z"
-    first, *others = sample_sites(poutine.trace(program.guide).get_trace(x))
-    codes = program.encode(x, first)
-    draws = torch.stack([program.encode(x, first, sample=True) for _ in range(500)])
+    first, *others = sample_sites(poutine.trace(program.guide).get_trace(**batch))
+    codes = program.encode(batch, first)
+    draws = torch.stack([program.encode(batch, first, sample=True) for _ in range(500)])
     assert ((draws.mean(0) - codes).abs() < 5 * draws.std(0) / 500**0.5).all(), "seed 0"
-    latents = {first: codes} | {name: program.encode(x, name) for name in others}
-    trace = poutine.trace(poutine.condition(program.model, latents)).get_trace(x)
+    latents = {first: codes} | {name: program.encode(batch, name) for name in others}
+    trace = poutine.trace(poutine.condition(program.model, latents)).get_trace(**batch)
     torch.manual_seed(1)
-    reconstruction = program.reconstruct(x)
+    reconstruction = program.reconstruct(batch)
     torch.manual_seed(1)
     assert_close(reconstruction, mean_or_draw(trace.nodes["x"]["fn"]))
 
@@ -171,8 +175,8 @@ def test_configuration_builds_the_same_class(entry):
     again = checkpoint.build(config)
     assert checkpoint.describe(again) == config
     again.load_state_dict(program.state_dict())
-    x = entry.data(3)
+    batch = entry.batch(3)
     torch.manual_seed(0)
-    first = log_weights(program, x, 2)
+    first = log_weights(program, batch, 2)
     torch.manual_seed(0)
-    assert torch.equal(first, log_weights(again, x, 2))
+    assert torch.equal(first, log_weights(again, batch, 2))

@@ -12,12 +12,12 @@ pytestmark = pytest.mark.gpu
 
 @pytest.mark.parametrize("entry", zoo.PROGRAMS.values(), ids=zoo.PROGRAMS)
 def test_every_program_trains_and_is_evaluated_as_on_the_cpu(entry, tmp_path):
-    program, x = entry.make(), entry.data(64)
-    fit(program, x, x, epochs=2, device="cuda", seed=0, progress=False)
+    program, data = entry.make(), entry.batch(64)
+    fit(program, data, data, epochs=2, device="cuda", seed=0, progress=False)
     assert {p.device.type for p in program.parameters()} == {"cuda"}
-    there = evaluate(program, x, 2000, seed=0, progress=False)
+    there = evaluate(program, data, 2000, seed=0, progress=False)
     save(program, tmp_path / "weights")
-    here = evaluate(load(tmp_path / "weights"), x, 2000, seed=1, progress=False)
+    here = evaluate(load(tmp_path / "weights"), data, 2000, seed=1, progress=False)
     error = (there.standard_error**2 + here.standard_error**2).sqrt() + 1e-4
     assert ((there.log_px - here.log_px).abs() < 5 * error).all(), "seeds 0 and 1"
 

@@ -61,13 +61,13 @@ def stepped(elbo, model, guide, *args, params=None, seed=1):
     return Step(loss, {name: p.grad for name, p in params.items()}, torch.get_rng_state())
 
 
-def differentiated(elbo, model, guide, *args, params=None, seed=1, divide=1):
+def differentiated(elbo, model, guide, *args, params=None, seed=1, divide=1, **batch):
     """The module form, `elbo(model, guide)`, under known noise."""
     params = stored() if params is None else dict(params)
     for p in params.values():
         p.grad = None
     torch.manual_seed(seed)
-    loss = elbo(model, guide)(*args)
+    loss = elbo(model, guide)(*args, **batch)
     (loss / divide).backward()
     return Step(loss.item(), {name: p.grad for name, p in params.items()}, torch.get_rng_state())
 
@@ -110,13 +110,13 @@ def data(n=4, dim=2, seed=0):
 
 
 def assert_as_namesake_on_the_zoo(entry, pair):
-    program, x = entry.make(), entry.data(5)
+    program, batch = entry.make(), entry.batch(5)
     compiled, plain = (elbo() for elbo in pair)
     params = dict(program.named_parameters())
-    compiled(program.model, program.guide)(x)
+    compiled(program.model, program.guide)(**batch)
     for seed in (1, 2):
-        ours = differentiated(compiled, program.model, program.guide, x, params=params, seed=seed)
-        assert_same(ours, differentiated(plain, program.model, program.guide, x, params=params, seed=seed))
+        ours = differentiated(compiled, program.model, program.guide, params=params, seed=seed, **batch)
+        assert_same(ours, differentiated(plain, program.model, program.guide, params=params, seed=seed, **batch))
     assert compiled.num_traces == 1
 
 
@@ -140,6 +140,9 @@ def slow_unless(*quick):
     "VAE DiscretizedLogisticMixture",
     "VAE PixelCNN",
     "AuxiliaryVAE",
+    "HierarchicalVAE bottom-up",
+    "HierarchicalVAE ladder of three",
+    "ConditionalVAE",
 )
 def test_programs_of_the_zoo_have_the_loss_gradients_and_noise_of_the_namesake(name):
     assert_as_namesake_on_the_zoo(zoo.PROGRAMS[name], TRACE)
@@ -167,7 +170,7 @@ BOUNDS = {
 
 @float64
 @pytest.mark.parametrize("bound", BOUNDS)
-@slow_unless("VAE FullNormal Bernoulli")
+@slow_unless("VAE FullNormal Bernoulli", "ConditionalVAE")
 def test_programs_of_the_zoo_have_the_bounds_of_their_namesakes(name, bound):
     compiled, plain, settings = BOUNDS[bound]
     assert_as_namesake_on_the_zoo(zoo.PROGRAMS[name], (lambda: compiled(*settings), lambda: plain(*settings)))

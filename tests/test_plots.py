@@ -8,7 +8,7 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from pyrovae import VAE, LinearGaussian, SemiSupervisedVAE, compare, fit, one_hot, plots
+from pyrovae import VAE, ConditionalVAE, LinearGaussian, SemiSupervisedVAE, compare, fit, one_hot, plots, quadrant
 from pyrovae.compare import Bound, Comparison
 from pyrovae.conditionals import Bernoulli, DiagonalNormal, StandardNormal, UnitNormal
 
@@ -115,6 +115,22 @@ def test_reconstructions_are_below_the_data(shape, n):
     shown = min(n, 5)
     expected = by_hand(as_image(torch.cat([x[:shown], mean.expand(shown, -1)]), shape), shown, 2)
     np.testing.assert_allclose(pixels(figure), expected, atol=1e-6)
+
+
+def test_completions_keep_the_quadrant_between_nothing_and_the_truth():
+    """Of a decoder that knows one mean."""
+    shape, x, mean = (1, 2, 4), torch.rand(5, 8), torch.linspace(0.1, 0.9, 6)
+    program = ConditionalVAE(
+        DiagonalNormal.mlp(2, 3), Bernoulli(Constant(torch.logit(mean))), DiagonalNormal.mlp(8, 3), c_dim=2
+    )
+    figure = plots.completions(program, quadrant(x, shape, "top-right"), shape, "top-right", n=3, draws=2)
+    given, drawn = torch.full((3, 8), 0.5), torch.empty(3, 8)
+    given[:, 2:4] = x[:3, 2:4]
+    drawn[:, [0, 1, 4, 5, 6, 7]], drawn[:, 2:4] = mean, x[:3, 2:4]
+    rows = torch.stack([given, drawn, drawn, x[:3]], 1).flatten(0, 1)
+    np.testing.assert_allclose(pixels(figure), by_hand(as_image(rows, shape), 4, 3), atol=1e-6)
+    with pytest.raises(ValueError, match=r"Expected data that quadrant\(data, \(1, 2, 4\), 'top-left'\) cuts; got .*8"):
+        plots.completions(program, x, shape, "top-left")
 
 
 def test_reconstructions_without_a_shape_are_two_matrices():

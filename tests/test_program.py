@@ -403,7 +403,9 @@ def test_bad_input(call, message):
 
 def test_a_model_that_needs_data_says_so():
     vae = ForeignVAE()
-    with pytest.raises(ValueError, match=r"Expected like=a batch, for the model needs x; got none"):
+    with pytest.raises(
+        ValueError, match=r"Expected like=a batch, or as conditions x=\.\.\., for the model needs x; got none"
+    ):
         as_program(vae.model, vae.guide).sample(3)
 
 

@@ -6,7 +6,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyrovae import VAE, AuxiliaryVAE, ConvDecoder, ConvEncoder, LatentModel, LinearGaussian, SemiSupervisedVAE
+from pyrovae import (
+    VAE,
+    AuxiliaryVAE,
+    ConditionalVAE,
+    ConvDecoder,
+    ConvEncoder,
+    HierarchicalVAE,
+    LatentModel,
+    LinearGaussian,
+    SemiSupervisedVAE,
+)
 from pyrovae.conditionals import (
     AutoregressivePrior,
     Bernoulli,
@@ -31,6 +41,7 @@ from pyrovae.conditionals import (
     UnitNormal,
     VampPrior,
 )
+from pyrovae.models.hierarchical import GuideKind
 
 CONDITIONALS: dict[str, Callable[[], Conditional]] = {
     "StandardNormal": lambda: StandardNormal(3),
@@ -79,12 +90,20 @@ class Entry:
     x_dim: int
     binary: bool
     values: Callable[[Tensor], Tensor] | None = None  # of data from N(0, I), where they are neither these nor binary
+    c_dim: int = 0  # of a condition c beside x
 
     def data(self, n: int, seed: int = 0) -> Tensor:
         x = torch.randn(n, self.x_dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         if self.values is not None:
             x = self.values(x)
         return ((x > 0).double() if self.binary else x).to(torch.get_default_dtype())
+
+    def batch(self, n: int, seed: int = 0) -> dict[str, Tensor]:
+        """All arguments of model and guide: x, and a condition where the program has one."""
+        batch = {"x": self.data(n, seed)}
+        if self.c_dim:
+            batch["c"] = torch.randn(n, self.c_dim, generator=torch.Generator().manual_seed(1000 + seed))
+        return batch
 
 
 def _vae(posterior: type[Conditional], likelihood: type[Conditional]) -> Entry:
@@ -165,6 +184,21 @@ PROGRAMS |= {
 
 
 PROGRAMS["AuxiliaryVAE"] = Entry(lambda: AuxiliaryVAE.mlp(6, 3, (7,), a_dim=2), 6, True)
+
+
+def _hierarchy(guide_kind: GuideKind, z_dims: tuple[int, ...], likelihood: type[Conditional] = Bernoulli) -> Entry:
+    hidden = [(7,)] * len(z_dims)
+    make = lambda: HierarchicalVAE.mlp(6, z_dims, hidden, guide_kind=guide_kind, likelihood=likelihood)  # noqa: E731
+    return Entry(make, 6, likelihood is Bernoulli)
+
+
+PROGRAMS |= {
+    "HierarchicalVAE bottom-up": _hierarchy("bottom-up", (3, 2)),
+    "HierarchicalVAE top-down": _hierarchy("top-down", (3, 2)),
+    "HierarchicalVAE ladder": _hierarchy("ladder", (3, 2)),
+    "HierarchicalVAE ladder of three": _hierarchy("ladder", (4, 3, 2), DiagonalNormal),
+    "ConditionalVAE": Entry(lambda: ConditionalVAE.mlp(6, 4, 3, (7,)), 6, True, c_dim=4),
+}
 
 
 def _m2(posterior: type[Conditional], likelihood: type[Conditional], factorized: bool) -> Entry:

@@ -1,6 +1,8 @@
 """One file for one graph."""
 
 from pyrovae.models.auxiliary import AuxiliaryVAE as AuxiliaryVAE
+from pyrovae.models.conditional_vae import ConditionalVAE as ConditionalVAE
+from pyrovae.models.hierarchical import HierarchicalVAE as HierarchicalVAE
 from pyrovae.models.semisupervised import SemiSupervisedVAE as SemiSupervisedVAE
 from pyrovae.models.vae import VAE as VAE
 from pyrovae.models.vae import LinearGaussian as LinearGaussian

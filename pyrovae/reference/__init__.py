@@ -45,3 +45,6 @@ from pyrovae.reference.gaussians import diagonal_normal_noise as diagonal_normal
 from pyrovae.reference.gaussians import full_normal as full_normal
 from pyrovae.reference.gaussians import unit_normal as unit_normal
 from pyrovae.reference.gaussians import unit_normal_noise as unit_normal_noise
+from pyrovae.reference.structures import conditional_vae_elbo as conditional_vae_elbo
+from pyrovae.reference.structures import hierarchical_elbo as hierarchical_elbo
+from pyrovae.reference.structures import product_of_normals as product_of_normals
