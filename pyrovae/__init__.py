@@ -9,6 +9,7 @@ from pyrovae.bounds import STL_ELBO as STL_ELBO
 from pyrovae.bounds import FreeBits_ELBO as FreeBits_ELBO
 from pyrovae.checkpoint import load as load
 from pyrovae.checkpoint import save as save
+from pyrovae.clustering import Clustering as Clustering
 from pyrovae.compare import Comparison as Comparison
 from pyrovae.compare import compare as compare
 from pyrovae.compiled import Compiled as Compiled
@@ -21,6 +22,8 @@ from pyrovae.fit import fit as fit
 from pyrovae.functions import as_program as as_program
 from pyrovae.models import VAE as VAE
 from pyrovae.models import AuxiliaryVAE as AuxiliaryVAE
+from pyrovae.models import GaussianMixture as GaussianMixture
+from pyrovae.models import GaussianMixtureVAE as GaussianMixtureVAE
 from pyrovae.models import LinearGaussian as LinearGaussian
 from pyrovae.models import SemiSupervisedVAE as SemiSupervisedVAE
 from pyrovae.nets import MLP as MLP
