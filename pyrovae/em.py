@@ -1,5 +1,7 @@
 """Gaussian mixtures, p(c) p(a | c): their parts, a start by k-means, and expectation-maximization."""
 
+import math
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -11,8 +13,10 @@ from pyrovae.conditionals import Conditional, DiagonalNormal, FullNormal, OneHot
 from pyrovae.nets import MLP, Constant, _check_sizes
 
 Covariance = Literal["diagonal", "full"]
+Parameters = tuple[Tensor, Tensor]  # logits (C,) and eta (C, E), float64
 FAMILIES: dict[str, type[Conditional]] = {"diagonal": DiagonalNormal, "full": FullNormal}
 ROWS = 8192  # data at once, whose distance from every cluster is taken
+FLOOR = 1e-6  # added to every variance, lest a cluster fall upon one datum; scikit-learn's
 
 
 def proportions(num_clusters: int) -> OneHotCategorical:
@@ -47,8 +51,7 @@ def gaussians(dim: int, num_clusters: int, covariance: Covariance) -> Conditiona
 def log_joint(p_c: Conditional, p_a: Conditional, a: Tensor) -> Tensor:
     """log p(c, a) of every cluster c at each a `(*, D)`: `(*, C)`."""
     logits = p_c.eta()
-    every = torch.eye(len(logits), dtype=logits.dtype, device=logits.device)
-    return _log_joint(p_a, logits, p_a.eta(every), a)
+    return _log_joint(p_a, (logits, p_a.eta(torch.eye(len(logits)).to(logits))), a)
 
 
 def check_data(x: Tensor, dim: int, num_clusters: int) -> None:
@@ -68,12 +71,8 @@ def start(p_c: Conditional, p_a: Conditional, a: Tensor, seed: int) -> None:
         a: `(N, D)`.
         seed: of k-means++.
     """
-    from sklearn.cluster import KMeans
-
-    num_clusters = len(p_c.eta())
-    found = KMeans(num_clusters, n_init=1, random_state=seed).fit_predict(a.double().cpu().numpy())
-    q = one_hot(torch.as_tensor(found, dtype=torch.int64), num_clusters).to(a.device, torch.float64)
-    _fill(p_c, p_a, *_maximized(type(p_a), a.double(), q, floor=1e-6))
+    a = a.double()
+    _fill(p_c, p_a, _maximized(type(p_a), a, _k_means(a, len(p_c.eta()), seed), FLOOR))
 
 
 @torch.no_grad()
@@ -100,30 +99,114 @@ def em(
     for name, value in (("tolerance", tolerance), ("floor", floor)):
         if not value >= 0:
             raise ValueError(f"Expected {name} to be a number of at least 0; got {value!r}")
-    logits = p_c.eta()
-    every = torch.eye(len(logits), dtype=logits.dtype, device=logits.device)
-    logits, eta, a = logits.double(), p_a.eta(every).double(), a.double()
-    log_p = _log_joint(p_a, logits, eta, a)
-    history: list[float] = []
     with tqdm(total=iterations, desc="EM", unit=" iterations", mininterval=0.5, disable=not progress) as bar:
-        while len(history) < iterations and (len(history) < 2 or history[-1] - history[-2] >= tolerance):
-            logits, eta = _maximized(type(p_a), a, log_p.softmax(-1), floor)
-            log_p = _log_joint(p_a, logits, eta, a)
-            history.append(log_p.logsumexp(-1).mean().item())
-            bar.set_postfix_str(f"log p {history[-1]:.4f}")
-            bar.update()
-    _fill(p_c, p_a, logits, eta)
+        parameters, history = _climb(p_a, _parameters(p_c, p_a), a.double(), iterations, tolerance, floor, bar)
+    _fill(p_c, p_a, parameters)
     return history
 
 
-def _log_joint(p_a: Conditional, logits: Tensor, eta: Tensor, a: Tensor) -> Tensor:
+@torch.no_grad()
+def split_and_merge(p_c: Conditional, p_a: Conditional, a: Tensor, tolerance: float = 1e-4, tries: int = 5) -> float:
+    """EM that does not stay in a local optimum: two clusters are merged, another is split, as long as that helps.
+
+    In each round so many such moves are followed by EM as `tries` says, those first that promise most, until one is
+    found that makes the data likelier.
+
+    Args:
+        p_c, p_a: of `proportions` and `gaussians`, at which it begins; they are changed.
+        a: `(N, D)`.
+        tolerance: what EM and a move must add at least; nats per datum.
+        tries: moves in a round.
+
+    Returns:
+        The mean of log p(a), nats per datum.
+
+    Source:
+        Ueda, Nakano, Ghahramani and Hinton (2000), section 3. They rank the moves by overlap and local fit, we by what
+        one step of EM makes of them.
+    """
+    a = a.double()
+    parameters, history = _climb(p_a, _parameters(p_c, p_a), a, 300, tolerance, FLOOR)
+    best, better = history[-1], True
+    while better:
+        better = False
+        for q in _moves(p_a, parameters, a, tries):
+            found, history = _climb(p_a, _maximized(type(p_a), a, q, FLOOR), a, 300, tolerance, FLOOR)
+            if history[-1] > best + tolerance:
+                parameters, best, better = found, history[-1], True
+                break
+    _fill(p_c, p_a, parameters)
+    return best
+
+
+def _moves(p_a: Conditional, parameters: Parameters, a: Tensor, tries: int) -> Iterator[Tensor]:
+    """Probabilities q `(N, C)` of clusters of which two are merged and one is split, the most promising first."""
+    q = _log_joint(p_a, parameters, a).softmax(-1)
+    clusters = range(q.shape[1])
+    halves = {c: _halves(p_a, q[:, c], a) for c in clusters if q[:, c].sum() > 2}
+    some = slice(None, None, math.ceil(len(a) / ROWS))  # of the data, by which moves are judged
+
+    def value(*columns: Tensor) -> float:
+        part = torch.stack(columns, 1)[some]
+        return _log_joint(p_a, _maximized(type(p_a), a[some], part, FLOOR), a[some]).logsumexp(-1).mean().item()
+
+    def others(*left_out: int) -> list[Tensor]:
+        return [q[:, c] for c in clusters if c not in left_out]
+
+    split = {c: value(*others(c), *half.T) for c, half in halves.items()}
+    merged = {(i, j): value(*others(i, j), q[:, i] + q[:, j]) for j in clusters for i in range(j)}
+    ranked = sorted(
+        ((merged[pair] + split[c], pair, c) for pair in merged for c in split if c not in pair), reverse=True
+    )
+    for _, (i, j), c in ranked[:tries]:
+        yield torch.stack([*others(i, j, c), q[:, i] + q[:, j], *halves[c].T], 1)
+
+
+def _halves(p_a: Conditional, share: Tensor, a: Tensor) -> Tensor:
+    """A cluster's shares of the data `(N,)` between two Gaussians, `(N, 2)`, by 2-means and EM among its own data."""
+    own = a[share > 0.5] if int((share > 0.5).sum()) > 2 else a
+    two = _maximized(type(p_a), own, _k_means(own, 2, seed=0), FLOOR)
+    two, _ = _climb(p_a, two, own, 10, 1e-4, FLOOR)
+    return share.unsqueeze(1) * _log_joint(p_a, two, a).softmax(-1)
+
+
+def _climb(
+    p_a: Conditional,
+    parameters: Parameters,
+    a: Tensor,
+    iterations: int,
+    tolerance: float,
+    floor: float,
+    bar: Any = None,
+) -> tuple[Parameters, list[float]]:
+    log_p, history = _log_joint(p_a, parameters, a), []
+    while len(history) < iterations and (len(history) < 2 or history[-1] - history[-2] >= tolerance):
+        parameters = _maximized(type(p_a), a, log_p.softmax(-1), floor)
+        log_p = _log_joint(p_a, parameters, a)
+        history.append(log_p.logsumexp(-1).mean().item())
+        if bar is not None:
+            bar.set_postfix_str(f"log p {history[-1]:.4f}", refresh=False)
+            bar.update()
+    return parameters, history
+
+
+def _k_means(a: Tensor, num_clusters: int, seed: int) -> Tensor:
+    """The cluster of each datum, one-hot `(N, C)`."""
+    from sklearn.cluster import KMeans
+
+    found = KMeans(num_clusters, n_init=1, random_state=seed).fit_predict(a.cpu().numpy())
+    return one_hot(torch.as_tensor(found, dtype=torch.int64), num_clusters).to(a)
+
+
+def _log_joint(p_a: Conditional, parameters: Parameters, a: Tensor) -> Tensor:
+    logits, eta = parameters
     each = p_a.distribution(eta)
     parts = [each.log_prob(part.unsqueeze(-2)) for part in a.split(ROWS)]
     return logits.log_softmax(-1) + (parts[0] if len(parts) == 1 else torch.cat(parts))
 
 
-def _maximized(family: type[Conditional], a: Tensor, q: Tensor, floor: float) -> tuple[Tensor, Tensor]:
-    """The likeliest logits `(C,)` and eta `(C, E)`, the clusters of data `(N, D)` having probabilities q `(N, C)`."""
+def _maximized(family: type[Conditional], a: Tensor, q: Tensor, floor: float) -> Parameters:
+    """The likeliest parameters, the clusters of data `(N, D)` having probabilities q `(N, C)`."""
     sizes = q.sum(0) + 10 * torch.finfo(q.dtype).eps  # of a cluster without data, too, a logarithm is taken
     means = q.T @ a / sizes.unsqueeze(1)
     etas = []
@@ -147,10 +230,14 @@ def _full(mean: Tensor, covariance: Tensor) -> Tensor:
     return torch.cat([mean, scale.diagonal().log(), scale[row, column]])
 
 
-def _fill(p_c: Conditional, p_a: Conditional, logits: Tensor, eta: Tensor) -> None:
+def _parameters(p_c: Conditional, p_a: Conditional) -> Parameters:
+    return p_c.eta().double(), _matrix(p_a.net).T.double()
+
+
+def _fill(p_c: Conditional, p_a: Conditional, parameters: Parameters) -> None:
     net: Any = p_c.net
-    net.value.copy_(logits.log_softmax(-1))
-    _matrix(p_a.net).copy_(eta.T)
+    net.value.copy_(parameters[0].log_softmax(-1))
+    _matrix(p_a.net).copy_(parameters[1].T)
 
 
 def _matrix(net: Any) -> Tensor:

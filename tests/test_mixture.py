@@ -209,6 +209,23 @@ def test_the_start_finds_clusters_that_are_apart():
     assert_close(sigma[order][0], x[:40].T.cov(correction=0), rtol=0, atol=1e-4)
 
 
+@float64
+def test_splitting_and_merging_leaves_a_local_optimum():
+    """EM begun with two clusters on one heap, and one on two, stays there."""
+    torch.manual_seed(0)
+    true = torch.arange(3).repeat_interleave(100)
+    x = torch.randn(300, 2) + torch.tensor([[0.0, 0], [12, 0], [12, 12]])[true]
+    program = GaussianMixture(2, 3)
+    with torch.no_grad():
+        program.likelihood.net.layers[0].weight[:2] = torch.tensor([[-1.0, 0], [1, 0], [12, 6]]).T
+    stuck = program.em(x, progress=False)[-1]
+    assert agreement(program.predict(x).argmax(1), true).accuracy < 0.7
+    found = program.split_and_merge(x)
+    assert found > stuck + 0.5
+    assert found == pytest.approx(program.log_prob(x).mean().item(), abs=1e-10)
+    assert agreement(program.predict(x).argmax(1), true).accuracy == 1.0
+
+
 def test_a_cluster_without_data_is_survived():
     x = torch.zeros(6, 2)
     program = GaussianMixture(2, 3)
@@ -416,6 +433,8 @@ def test_classes_of_a_program_without_clusters_are_refused():
         (lambda: GaussianMixture(3, 2).em(torch.zeros(9, 3), tolerance=math.nan), "tolerance to be a number"),
         (lambda: GaussianMixture(3, 2).em(torch.zeros(9, 3), iterations=0), "iterations to be a positive whole"),
         (lambda: GaussianMixture(3, 2).em(torch.zeros(9, 3), floor=0.0, progress=False), "positive definite"),
+        (lambda: GaussianMixture(3, 5).split_and_merge(torch.zeros(4, 3)), "a datum for each of 5 clusters.*got 4"),
+        (lambda: GaussianMixtureVAE.mlp(3, 2, 2).start_from(torch.zeros(4, 3), 0, 0), "restarts to be a whole number"),
         (lambda: GaussianMixtureVAE.mlp(3, 0, 2), "num_clusters to be a positive whole number; got 0"),
         (lambda: GaussianMixtureVAE.mlp(3, 5, 2).start_from(torch.zeros(4, 3), 0), "a datum for each of 5 clusters"),
     ],

@@ -9,7 +9,7 @@ from torch import Tensor
 from pyrovae import reference
 from pyrovae.conditionals import OneHotCategorical, one_hot
 from pyrovae.conditionals.conditional import Distribution
-from pyrovae.em import Covariance, check_data, em, gaussians, log_joint, proportions, start
+from pyrovae.em import Covariance, check_data, em, gaussians, log_joint, proportions, split_and_merge, start
 from pyrovae.program import LatentModel, data_plate
 
 
@@ -115,6 +115,24 @@ class GaussianMixture(LatentModel):
         check_data(x, self.x_dim, self.num_clusters)
         x = x.to(self.label_prior.eta().device)
         return em(self.label_prior, self.likelihood, x, iterations, tolerance, floor, progress)
+
+    def split_and_merge(self, x: Tensor) -> float:
+        """EM that leaves local optima: it merges two clusters and splits another as long as that makes x likelier.
+
+        Args:
+            x: `(N, X)`, at least as many as clusters.
+
+        Returns:
+            The mean of log p(x), nats per datum.
+
+        Raises:
+            ValueError: for fewer data than clusters, or data of another size.
+
+        Source:
+            Ueda, Nakano, Ghahramani and Hinton (2000).
+        """
+        check_data(x, self.x_dim, self.num_clusters)
+        return split_and_merge(self.label_prior, self.likelihood, x.to(self.label_prior.eta().device))
 
     def reference_elbo(self, x: Tensor, c: Tensor) -> Tensor:
         """The hand-written ELBO `(*, N)` at a cluster c drawn by the guide, one-hot: log p(x), whatever c is.

@@ -10,9 +10,10 @@ from torch import Tensor
 from pyrovae import reference
 from pyrovae.conditionals import Bernoulli, Conditional, DiagonalNormal, OneHotCategorical, one_hot
 from pyrovae.conditionals.conditional import Distribution
-from pyrovae.em import Covariance, check_data, em, gaussians, log_joint, proportions, start
+from pyrovae.em import Covariance, check_data, gaussians, log_joint, proportions, split_and_merge, start
 from pyrovae.nets import Activation
 from pyrovae.program import LatentModel, data_plate
+from pyrovae.traces import check_whole
 
 AT_ONCE = 1000  # data whose latents are drawn
 
@@ -113,22 +114,24 @@ class GaussianMixtureVAE(LatentModel):
         """p(c | z) for z `(*, D)`: a one-hot vector with batch shape `*`."""
         return OneHotCategorical(None).distribution(log_joint(self.label_prior, self.prior, z))
 
-    def start_from(self, x: Tensor, seed: int, restarts: int = 10) -> float:
-        """Place the clusters by expectation-maximization, begun by k-means, on draws z ~ q(z | x) of all data.
+    def start_from(self, x: Tensor, seed: int, restarts: int = 3) -> float:
+        """Place the clusters by k-means and EM on draws z ~ q(z | x), one for each datum.
 
-        Of the restarts the likeliest is kept. The networks stay as they are: train them before.
+        Local optima of EM are left by splitting and merging clusters (Ueda et al. 2000); of the restarts the likeliest
+        is kept. The networks stay as they are: train them before.
 
         Args:
             x: `(N, X)`, at least as many as clusters.
             seed: of the draws, and of the first k-means; the others have the seeds that follow.
-            restarts: how many times k-means and EM are run.
+            restarts: how many times all that is done.
 
         Returns:
             The mean of log p(z) over the draws, nats per datum.
 
         Raises:
-            ValueError: for fewer data than clusters.
+            ValueError: for fewer data than clusters, or restarts below 1.
         """
+        check_whole(restarts=restarts)
         check_data(x, x.shape[-1], self.num_clusters)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -136,7 +139,7 @@ class GaussianMixtureVAE(LatentModel):
         best, state = -torch.inf, {}
         for restart in range(restarts):
             start(self.label_prior, self.prior, z, seed + restart)
-            found = em(self.label_prior, self.prior, z, iterations=300, tolerance=1e-5, floor=1e-6, progress=False)[-1]
+            found = split_and_merge(self.label_prior, self.prior, z)
             if found > best:
                 best, state = found, {name: value.clone() for name, value in self.state_dict().items()}
         self.load_state_dict(state)
