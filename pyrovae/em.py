@@ -194,7 +194,8 @@ def _k_means(a: Tensor, num_clusters: int, seed: int) -> Tensor:
     """The cluster of each datum, one-hot `(N, C)`."""
     from sklearn.cluster import KMeans
 
-    found = KMeans(num_clusters, n_init=1, random_state=seed).fit_predict(a.cpu().numpy())
+    once: Any = 1  # scikit-learn's annotation knows "auto" alone
+    found = KMeans(num_clusters, n_init=once, random_state=seed).fit_predict(a.cpu().numpy())
     return one_hot(torch.as_tensor(found, dtype=torch.int64), num_clusters).to(a)
 
 
