@@ -12,6 +12,7 @@ from pyrovae.check import Report as Report
 from pyrovae.check import check as check
 from pyrovae.checkpoint import load as load
 from pyrovae.checkpoint import save as save
+from pyrovae.clustering import Clustering as Clustering
 from pyrovae.compare import Comparison as Comparison
 from pyrovae.compare import compare as compare
 from pyrovae.compiled import Compiled as Compiled
@@ -25,6 +26,8 @@ from pyrovae.functions import as_program as as_program
 from pyrovae.models import VAE as VAE
 from pyrovae.models import AuxiliaryVAE as AuxiliaryVAE
 from pyrovae.models import ConditionalVAE as ConditionalVAE
+from pyrovae.models import GaussianMixture as GaussianMixture
+from pyrovae.models import GaussianMixtureVAE as GaussianMixtureVAE
 from pyrovae.models import HierarchicalVAE as HierarchicalVAE
 from pyrovae.models import LinearGaussian as LinearGaussian
 from pyrovae.models import SemiSupervisedVAE as SemiSupervisedVAE

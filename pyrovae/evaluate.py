@@ -2,13 +2,14 @@
 
 import math
 from array import array
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyro
 import torch
 from torch import Tensor
 
+from pyrovae.clustering import Clustering, agreement, check_classes
 from pyrovae.compiled import Compile
 from pyrovae.conditionals.conditional import networks_in
 from pyrovae.draws import Plan, Weights
@@ -37,6 +38,7 @@ class Evaluation:
         dim: number of observed values in a datum.
         active_units: for each latent site, the number of units whose posterior mean varies over the data with a
             variance above 0.01 (Burda et al. 2016).
+        clustering: how well the likeliest clusters agree with the classes, where these were given.
     """
 
     log_px: Tensor
@@ -47,12 +49,14 @@ class Evaluation:
     num_particles: int
     dim: int
     active_units: dict[str, int]
+    clustering: Clustering | None = None
 
     def summary(self) -> dict[str, Any]:
         """Means over the data, each with its standard error over the data; nats, per datum.
 
         `log_px_sampling_error` is the part of `log_px_error` that more particles would remove. The share of k-hat
-        above 0.7 is that among the data whose k-hat is known; NaN for too few particles.
+        above 0.7 is that among the data whose k-hat is known; NaN for too few particles. Where there is a clustering,
+        its `accuracy`, `nmi` and `ari`.
         """
         bits = -self.log_px / (self.dim * math.log(2))
         known = self.k_hat[~self.k_hat.isnan()]
@@ -69,21 +73,23 @@ class Evaluation:
             "ess": self.ess.mean().item(),
             "k_hat_above_0.7": (known > K_HAT_LIMIT).double().mean().item(),
             "active_units": dict(self.active_units),
-        }
+        } | ({} if self.clustering is None else asdict(self.clustering))
 
     def __str__(self) -> str:
         s = self.summary()
         units = ", ".join(f"{count} in {site!r}" for site, count in s["active_units"].items())
-        return "\n".join(
-            [
-                f"log p(x)      {s['log_px']:10.3f} ± {s['log_px_error']:.3f} nats per datum "
-                f"({s['num_data']} data, K = {s['num_particles']}, sampling error {s['log_px_sampling_error']:.3f})",
-                f"ELBO          {s['elbo']:10.3f} ± {s['elbo_error']:.3f} nats per datum",
-                f"bits per dim  {s['bits_per_dim']:10.4f} ± {s['bits_per_dim_error']:.4f}",
-                f"mean ESS      {s['ess']:10.1f}; k-hat above {K_HAT_LIMIT} for {s['k_hat_above_0.7']:.1%} of the data",
-                f"active units  {units}",
-            ]
-        )
+        lines = [
+            f"log p(x)      {s['log_px']:10.3f} ± {s['log_px_error']:.3f} nats per datum "
+            f"({s['num_data']} data, K = {s['num_particles']}, sampling error {s['log_px_sampling_error']:.3f})",
+            f"ELBO          {s['elbo']:10.3f} ± {s['elbo_error']:.3f} nats per datum",
+            f"bits per dim  {s['bits_per_dim']:10.4f} ± {s['bits_per_dim_error']:.4f}",
+            f"mean ESS      {s['ess']:10.1f}; k-hat above {K_HAT_LIMIT} for {s['k_hat_above_0.7']:.1%} of the data",
+        ]
+        if units:
+            lines.append(f"active units  {units}")
+        if self.clustering is not None:
+            lines.append(f"clusters      accuracy {s['accuracy']:.2%}, NMI {s['nmi']:.4f}, ARI {s['ari']:.4f}")
+        return "\n".join(lines)
 
 
 def evaluate(
@@ -91,6 +97,7 @@ def evaluate(
     data: Any,
     num_particles: int = 5000,
     *,
+    classes: Tensor | None = None,
     batch_size: int | None = None,
     chunk_size: int | None = None,
     seed: int | None = None,
@@ -110,6 +117,8 @@ def evaluate(
         program: a `LatentModel`.
         data: a tensor `(N, D)`, a batch, a `Data` or a torch `DataLoader`.
         num_particles: K; exactly as many are drawn.
+        classes: the data's true classes `(N,)`, integers that training has not seen: the clusters of a program with a
+            label, the likeliest under `program.predict`, are scored against them.
         batch_size: data at once; None chooses by memory.
         chunk_size: particles at once; None chooses by memory. Neither size enters the result, except through the
             order in which random numbers are drawn.
@@ -122,8 +131,9 @@ def evaluate(
 
     Raises:
         CompileError: where `compile` is True and the program cannot be compiled, or there is no C++ compiler.
-        ValueError: for bad data, sizes below 1, data outside the support of the likelihood, or latents of model
-            and guide that do not fit.
+        ValueError: for bad data, sizes below 1, data outside the support of the likelihood, latents of model
+            and guide that do not fit, or classes that are not one integer for each datum, or given with a program
+            without a label or data that show it.
         FloatingPointError: where a weight is NaN or infinite, naming the datum and the site.
 
     Source:
@@ -138,9 +148,11 @@ def evaluate(
     """
     check_arguments(program, num_particles)
     results = {name: array("d") for name in STATISTICS}
-    units = _ActiveUnits()
+    units, clusters = _ActiveUnits(), []
     with program.inference(seed), pyro.validation_enabled(False), networks_in(precision):
         plan = Plan.of(program, data, num_particles, batch_size, chunk_size, compile)
+        if classes is not None:
+            _check_clusters(program, plan, classes)
         for first, part in plan.parts(f"log p(x), K = {num_particles}", progress):
             sums = WeightSums(num_particles)
             for weights in plan.weights(first, part):
@@ -149,12 +161,32 @@ def evaluate(
             units.end_of_chunk()
             for name, method in STATISTICS.items():
                 results[name].extend(getattr(sums, method)().tolist())
+            if classes is not None:
+                clusters.append(program.predict(part).argmax(1))
     return Evaluation(
         **{name: torch.tensor(values, dtype=torch.float64) for name, values in results.items()},
         num_particles=num_particles,
         dim=plan.draws.survey.dim,
         active_units=units.count(),
+        clustering=None if classes is None else agreement(torch.cat(clusters), classes),
     )
+
+
+def _check_clusters(program: LatentModel, plan: Plan, classes: Tensor) -> None:
+    """Raises ValueError where a program has no clusters, or the classes do not fit the data."""
+    check_classes(classes)
+    _check_label(program, plan, " with classes")
+    if plan.num_data not in (None, len(classes)):
+        raise ValueError(f"Expected classes of {plan.num_data} data; got {len(classes)}")
+
+
+def _check_label(program: LatentModel, plan: Plan, purpose: str = "") -> None:
+    """Raises ValueError for a program without a label, or data that show it."""
+    if plan.draws.survey.label is None:
+        raise ValueError(
+            f"Expected a program with a label {program.label!r}, and data that do not show it{purpose}; "
+            f"got {type(program).__name__}"
+        )
 
 
 class _ActiveUnits:
@@ -228,11 +260,7 @@ def classify(
     found = []
     with program.inference(seed), pyro.validation_enabled(False), networks_in(precision):
         plan = Plan.of(program, data, num_particles, compile=compile)
-        if plan.draws.survey.label is None:
-            raise ValueError(
-                f"Expected a program with a label {program.label!r}, and data that do not show it; "
-                f"got {type(program).__name__}"
-            )
+        _check_label(program, plan)
         for first, part in plan.parts(f"p(y | x), K = {num_particles}", progress):
             chunks = [weights.log_joint for weights in plan.weights(first, part)]
             found.append(torch.stack([chunk.double() for chunk in chunks if chunk is not None]).logsumexp(0))

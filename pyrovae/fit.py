@@ -63,7 +63,8 @@ def fit(
         sum L(x, y) over labeled + sum U(x) over train + supervised_weight * mean -log q(y | x) over labeled
 
     without bias, whatever their sizes; q(y | x) is read from the guide (Kingma et al. 2014, eq. 6 to 9). L and U are
-    the losses of data whose label is shown and not.
+    the losses of data whose label is shown and not. Without `labeled`, a program with a label that `train` does not
+    show, as the cluster of a mixture, is trained by U alone.
 
     With `val`, the weights that were best on it are in the program at the end, also when training stops
     with an error: by its error of classification where `labeled` is given and `val` has labels, else by its ELBO.
@@ -76,8 +77,9 @@ def fit(
         labeled: data with labels, in memory: a pair (x, y), a dict or a `Data`.
         supervised_weight: of the classification term; None for 0.1 times the number of all data, as in the paper.
         labeled_batch_size: labelled data in a minibatch; None for `batch_size`.
-        labels: unknown ones are summed over (enumerate, by `TraceEnum_ELBO`) or drawn from q(y | x) (sample).
-        elbo: any `pyro.infer.ELBO`; by default `Trace_ELBO()`.
+        labels: unknown ones are summed over (enumerate, by `TraceEnum_ELBO` in the place of `elbo`, with its
+            particles) or drawn from q(y | x) (sample).
+        elbo: any `pyro.infer.ELBO`; by default `Trace_ELBO()`. Where labels are summed over it is one of Pyro's.
         kl_weight: beta, by which the KL term of `elbo` is multiplied; or a function that gives it for each step,
             counted from 0, as `Linear(1000)` and `Cyclical(1000)`; it must reach 1 before training ends.
         free_bits: nats that each latent site's KL, averaged over the minibatch, costs nothing below; with a second

@@ -57,6 +57,30 @@ class Fixed(Messenger):
             msg["done"] = True
 
 
+class Shared(Messenger):
+    """Gives all classes one draw of the latents that a guide draws before its label, which do not depend on it.
+
+    Args:
+        label: its name.
+        plate: name of the plate over the data, in which N data are repeated class by class.
+        num_classes: C.
+        num_data: N.
+    """
+
+    def __init__(self, label: str, plate: str, num_classes: int, num_data: int):
+        super().__init__()
+        self.label, self.plate, self.sizes = label, plate, (-1, num_classes, num_data)
+        self.before = True
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        self.before = self.before and msg["name"] != self.label
+        plate = next((frame for frame in msg["cond_indep_stack"] if frame.name == self.plate), None)
+        if self.before and plate is not None and not msg["is_observed"]:
+            dim = msg["value"].dim() + plate.dim - msg["fn"].event_dim
+            values = msg["value"].unflatten(dim, self.sizes)
+            msg["value"] = values.narrow(dim + 1, 0, 1).expand_as(values).flatten(dim, dim + 2)
+
+
 class _Until(Messenger):
     """Ends a program once it has passed a sample site."""
 

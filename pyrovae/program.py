@@ -182,7 +182,7 @@ class LatentModel(nn.Module):
         return torch.stack(means, 1)
 
     def predict(self, x: Any) -> Tensor:
-        """q(y | x), the guide's probability of each class, `(N, C)`.
+        """q(y | x), the guide's probability of each class, `(N, C)`; latents drawn before it are at their means.
 
         Args:
             x: data `(N, D)`, a batch or a `Data`; labels among them are not looked at.
@@ -196,7 +196,8 @@ class LatentModel(nn.Module):
 
     def _label_site(self, batch: Batch) -> tuple[Any, Label]:
         """The guide's site of the label, and the label."""
-        site = site_of(self.guide, self.label, batch)
+        with _Reader(means=True):
+            site = site_of(self.guide, self.label, batch)
         label = None if site is None else Label.of(site)
         if label is None:
             raise ValueError(

@@ -24,7 +24,7 @@ from pyrovae.labels import without
 from pyrovae.objectives import CompiledLoss, accumulate
 from pyrovae.program import LatentModel, check_keys
 from pyrovae.schedules import Schedule, WeightedELBO
-from pyrovae.supervision import SemiSupervisedELBO, Supervision
+from pyrovae.supervision import EnumeratedELBO, SemiSupervisedELBO, Supervision
 from pyrovae.survey import Survey, draw
 
 History = list[dict[str, float]]
@@ -103,6 +103,8 @@ class Run:
             size, weight = settings["labeled_batch_size"], settings["supervised_weight"]
             self.supervision = Supervision(program, self.labeled, settings["num_train"] or 0, size, weight)
             elbo = SemiSupervisedELBO(elbo, self.supervision.label, self.survey.nesting, settings["labels"])
+        elif self.survey.label is not None and settings["labels"] == "enumerate":
+            elbo = EnumeratedELBO(elbo, self.survey.label, self.survey.nesting)
         self.kl_weight = None if kl_weight == 1 else kl_weight if callable(kl_weight) else lambda step: kl_weight
         if self.kl_weight is not None:
             elbo = WeightedELBO(elbo)

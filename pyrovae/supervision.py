@@ -11,12 +11,51 @@ import torch
 from pyro.infer import ELBO, TraceEnum_ELBO
 from torch import Tensor
 
+from pyrovae.bounds import TracedELBO
 from pyrovae.data import Batch, Data, num_rows
 from pyrovae.labels import Fixed, Label, site_of, without
 from pyrovae.program import LatentModel
 from pyrovae.survey import Survey
 
 Labels = Literal["enumerate", "sample"]
+
+
+class EnumeratedELBO(ELBO):
+    """The loss U of data whose label is not known: all classes are summed over, by `TraceEnum_ELBO`.
+
+    Args:
+        elbo: of Pyro; its particles are kept.
+        label: of the program.
+        nesting: number of dimensions that the program's own plates take.
+
+    Raises:
+        ValueError: for a bound of ours, which enumerates nothing.
+    """
+
+    def __init__(self, elbo: Any, label: Label, nesting: int):
+        super().__init__()
+        if isinstance(elbo, TracedELBO):
+            raise ValueError(
+                "Expected an ELBO of Pyro's, as Trace_ELBO, or data that show it, for a program with a label "
+                f"{label.name!r}; got {type(elbo).__name__}"
+            )
+        self.label = label
+        self.elbo = TraceEnum_ELBO(
+            num_particles=elbo.num_particles,
+            vectorize_particles=elbo.vectorize_particles,
+            max_plate_nesting=nesting if elbo.max_plate_nesting == torch.inf else elbo.max_plate_nesting,
+        )
+        self.parts = (self.elbo,)
+
+    def differentiable_loss(self, model: Callable[..., Any], guide: Callable[..., Any], **batch: Tensor) -> Any:
+        """The loss `()` of a minibatch, to be differentiated."""
+        return self.elbo.differentiable_loss(model, poutine.infer_config(guide, self._enumerated), **batch)
+
+    def _enumerated(self, site: Any) -> Any:
+        return {"enumerate": "parallel"} if site["name"] == self.label.name else {}
+
+    def _get_trace(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("TraceEnum_ELBO draws traces of its own")
 
 
 class SemiSupervisedELBO(ELBO):
@@ -37,14 +76,8 @@ class SemiSupervisedELBO(ELBO):
         self.labeled = copy(elbo)
         if self.labeled.max_plate_nesting == torch.inf:
             self.labeled.max_plate_nesting = nesting
-        self.unlabeled = self.labeled
-        if labels == "enumerate":
-            self.unlabeled = TraceEnum_ELBO(
-                num_particles=elbo.num_particles,
-                vectorize_particles=elbo.vectorize_particles,
-                max_plate_nesting=self.labeled.max_plate_nesting,
-            )
-        self.parts = self.labeled, self.unlabeled
+        self.unlabeled = EnumeratedELBO(elbo, label, nesting) if labels == "enumerate" else self.labeled
+        self.parts = self.labeled, *getattr(self.unlabeled, "parts", ())
 
     def differentiable_loss(
         self,
@@ -57,8 +90,7 @@ class SemiSupervisedELBO(ELBO):
         """The loss `()` of a minibatch of each, to be differentiated; None leaves one of them out."""
         loss: Any = 0.0
         if unlabeled is not None:
-            enumerated = poutine.infer_config(guide, self._enumerated)
-            loss = loss + scales["unlabeled"] * self.unlabeled.differentiable_loss(model, enumerated, **unlabeled)
+            loss = loss + scales["unlabeled"] * self.unlabeled.differentiable_loss(model, guide, **unlabeled)
         if labeled is not None:
             loss = loss + scales["labeled"] * self.labeled.differentiable_loss(model, guide, **labeled)
             loss = loss - scales["classes"] * log_class(model, guide, labeled, self.label).sum()
@@ -66,9 +98,6 @@ class SemiSupervisedELBO(ELBO):
 
     def _get_trace(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError("its parts draw traces of their own")
-
-    def _enumerated(self, site: Any) -> Any:
-        return {"enumerate": "parallel"} if site["name"] == self.label.name else {}
 
 
 def log_class(model: Callable[..., Any], guide: Callable[..., Any], labeled: Batch, label: Label) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook
 
 from pyrovae.data import Batch, as_batch, check_finite, num_rows
-from pyrovae.labels import Fixed, Label, without
+from pyrovae.labels import Fixed, Label, Shared, without
 from pyrovae.program import LatentModel, check_keys
 from pyrovae.traces import (
     Draw,
@@ -144,7 +144,8 @@ class Survey:
 class Enumerated:
     """K draws for each of N data and each of C classes of a label, over which the classes are summed.
 
-    What `Draw` has, marginalised: with z_c the latents drawn for class y_c, and without sampling a class,
+    What `Draw` has, marginalised: with z_c the latents drawn for class y_c, and without sampling a class (those that
+    the guide draws before the label are the same for all classes),
 
         log w = log sum_c p(x, y_c, z_c) / q(z_c | x, y_c),  an unbiased estimate of p(x);
         log p(x | z) and KL are the expectations under q(y | x), whose difference is the ELBO with q(y | x).
@@ -206,7 +207,7 @@ def draw(program: LatentModel, batch: Batch, num_particles: int, survey: Survey)
     values = label.values.repeat_interleave(n, 0)
     if num_particles > 1 and not survey.vectorized:
         values = _repeated(values, num_particles)
-    with Fixed(label.name, values):
+    with Shared(label.name, program.plate_name, classes, n), Fixed(label.name, values):
         drawn = _draw(program, {k: _repeated(v, classes) for k, v in batch.items()}, num_particles, survey)
     return Enumerated(drawn, label.name, classes)
 

@@ -15,10 +15,10 @@ from pyrovae.traces import replayed_guide
 
 PACKAGE = Path(pyrovae.__file__).parent
 FLOORS = [
-    ("nets", "reference", "weights", "sources", "watch", "inductor", "options"),
+    ("nets", "reference", "weights", "sources", "watch", "inductor", "options", "clustering"),
     ("data",),
     ("conditionals", "labels", "quadrants"),
-    ("program",),
+    ("program", "em"),
     ("functions", "traces", "compiled"),
     ("survey",),
     ("models", "bounds", "schedules", "symptoms"),

@@ -18,13 +18,14 @@ import pyrovae
 from pyrovae import VAE, LatentModel, SemiSupervisedVAE, as_program, checkpoint, data_plate, evaluate, fit, reference
 from pyrovae.conditionals import Bernoulli, DiagonalNormal, FullNormal, OneHotCategorical, StandardNormal, one_hot
 from pyrovae.data import Data, load, split_labels
-from pyrovae.labels import Label
+from pyrovae.labels import Label, site_of
 from pyrovae.nets import MLP, Constant
 from pyrovae.supervision import SemiSupervisedELBO, Supervision, log_class
 from pyrovae.survey import Survey, draw
 
 CLASSES = 3
 everyone = pytest.mark.parametrize("entry", zoo.LABELED.values(), ids=zoo.LABELED)
+every_m2 = pytest.mark.parametrize("entry", zoo.M2.values(), ids=zoo.M2)
 float64 = pytest.mark.usefixtures("float64")
 
 
@@ -74,7 +75,7 @@ def noise(*shape: int) -> Tensor:
 # The objective
 
 
-@everyone
+@every_m2
 @float64
 def test_the_loss_of_labelled_data_is_that_by_hand(entry):
     program, x, y = scattered(entry.make()), entry.data(5), labels(5)
@@ -84,7 +85,7 @@ def test_the_loss_of_labelled_data_is_that_by_hand(entry):
     assert_same_gradients(-loss, labeled_by_hand(program, x, one_hot(y, CLASSES), eps).sum(), program)
 
 
-@everyone
+@every_m2
 @float64
 def test_the_enumerated_loss_is_the_sum_over_classes_by_hand(entry):
     program, x = scattered(entry.make()), entry.data(5)
@@ -225,22 +226,25 @@ def test_weights_are_summed_over_the_classes(entry):
     assert survey.label is not None
     assert survey.vectorized
     drawn = draw(program, {"x": x}, 2, survey)
-    z = drawn.drawn.guide_sites["z"]["value"].unflatten(1, (CLASSES, 4))  # (K, C, N, D)
-    log_w, elbo = torch.zeros(2, CLASSES, 4), torch.zeros(2, 4)
+    others = {name: site for name, site in drawn.drawn.guide_sites.items() if name != program.label}
+    draws = {name: site["value"].unflatten(1, (CLASSES, 4)) for name, site in others.items()}  # (K, C, N, D)
+    log_w, log_q, elbo = torch.zeros(2, CLASSES, 4), torch.zeros(2, CLASSES, 4), torch.zeros(2, 4)
     for k, c, i in itertools.product(range(2), range(CLASSES), range(4)):
-        one = x[i : i + 1], torch.tensor([c])
-        at = {"z": z[k, c, i : i + 1]}
-        model = poutine.trace(poutine.condition(program.model, at)).get_trace(*one)
-        guide = poutine.trace(poutine.condition(program.guide, at)).get_trace(*one)
+        one = {"x": x[i : i + 1], program.label: torch.tensor([c])}
+        at = {name: value[k, c, i : i + 1] for name, value in draws.items()}
+        model = poutine.trace(poutine.condition(program.model, at)).get_trace(**one)
+        guide = poutine.trace(poutine.condition(program.guide, at)).get_trace(**one)
         log_w[k, c, i] = model.log_prob_sum() - guide.log_prob_sum()
-        q = program.predict(x[i : i + 1])[0, c]
-        elbo[k, i] += q * (log_w[k, c, i] - q.log())
+        site = site_of(poutine.condition(program.guide, at), program.label, {"x": x[i : i + 1]})
+        log_q[k, c, i] = site["fn"].logits[0, c]
+        elbo[k, i] += log_q[k, c, i].exp() * (log_w[k, c, i] - log_q[k, c, i])
     assert_close(drawn.log_joint, log_w, rtol=0, atol=1e-10)
     assert_close(drawn.log_weights, log_w.logsumexp(1), rtol=0, atol=1e-10)
     assert_close(drawn.log_px_z - drawn.kl, elbo, rtol=0, atol=1e-10)
-    shown = pyrovae.log_weights(program, (x, labels(4)), 2)
+    assert_close(log_q.exp().sum(1), torch.ones(2, 4), rtol=0, atol=1e-10)
+    shown = pyrovae.log_weights(program, {"x": x, program.label: labels(4)}, 2)
     assert shown.shape == (2, 4)
-    assert list(drawn.posterior_means()) == ["z"]
+    assert list(drawn.posterior_means()) == list(others)
 
 
 def gaussian_mixture() -> tuple[SemiSupervisedVAE, Tensor, Tensor]:
@@ -308,7 +312,7 @@ def test_evaluate_compiled_and_not_agree():
 # Use
 
 
-@everyone
+@every_m2
 def test_predicts_samples_encodes_reconstructs(entry):
     program, x = entry.make(), entry.data(5)
     assert_close(program.predict(x), program.classifier.eta(x).softmax(-1))
@@ -331,7 +335,8 @@ def test_predicts_samples_encodes_reconstructs(entry):
 @pytest.mark.parametrize(("name", "compile"), [*((name, False) for name in zoo.LABELED), ("M2", True)])
 def test_trains_resumes_saves_loads(name, compile, tmp_path):
     entry = zoo.LABELED[name]
-    x, labeled, val = entry.data(30), (entry.data(12, 1), labels(12, 1)), (entry.data(20, 2), labels(20, 2))
+    x, label = entry.data(30), entry.make().label
+    labeled, val = ({"x": entry.data(n, seed), label: labels(n, seed)} for n, seed in ((12, 1), (20, 2)))
     settings = {"labeled": labeled, "batch_size": 8, "labeled_batch_size": 5, "seed": 0, "progress": False}
     runs = {}
     for name, epochs in (("whole", (4,)), ("halves", (2, 4))):
@@ -353,7 +358,7 @@ def test_trains_resumes_saves_loads(name, compile, tmp_path):
         torch.equal(a, b) for a, b in zip(whole.state_dict().values(), halves.state_dict().values(), strict=True)
     )
     best = min(row["val_error"] for row in history)
-    assert ((whole.predict(val[0]).argmax(1) != val[1]).double().mean().item()) == pytest.approx(best)
+    assert ((whole.predict(val).argmax(1) != val[label]).double().mean().item()) == pytest.approx(best)
     pyrovae.save(whole, tmp_path / "a.safetensors")
     assert_close(pyrovae.load(tmp_path / "a.safetensors").predict(x), whole.predict(x))
     assert (tmp_path / "whole" / checkpoint.WEIGHTS).read_bytes() == (

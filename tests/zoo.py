@@ -12,6 +12,8 @@ from pyrovae import (
     ConditionalVAE,
     ConvDecoder,
     ConvEncoder,
+    GaussianMixture,
+    GaussianMixtureVAE,
     HierarchicalVAE,
     LatentModel,
     LinearGaussian,
@@ -209,9 +211,20 @@ def _m2(posterior: type[Conditional], likelihood: type[Conditional], factorized:
 
 
 # three classes, which some of the data show
-LABELED: dict[str, Entry] = {
+M2: dict[str, Entry] = {
     "M2": _m2(DiagonalNormal, Bernoulli, False),
     "M2 factorized": _m2(DiagonalNormal, Bernoulli, True),
     "M2 FullNormal": _m2(FullNormal, UnitNormal, False),
     "M2 factorized UnitNormal": _m2(UnitNormal, DiagonalNormal, True),
 }
+CLUSTERS: dict[str, Entry] = {
+    "GaussianMixture diagonal": Entry(lambda: GaussianMixture(6, 3, "diagonal"), 6, False),
+    "GaussianMixture full": Entry(lambda: GaussianMixture(6, 3), 6, False),
+    "GaussianMixtureVAE": Entry(lambda: GaussianMixtureVAE.mlp(6, 3, 2, (8,)), 6, True),
+    "GaussianMixtureVAE full": Entry(
+        lambda: GaussianMixtureVAE.mlp(6, 3, 2, (8,), likelihood=UnitNormal, posterior=FullNormal, covariance="full"),
+        6,
+        False,
+    ),
+}
+LABELED = M2 | CLUSTERS

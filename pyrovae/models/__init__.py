@@ -3,6 +3,8 @@
 from pyrovae.models.auxiliary import AuxiliaryVAE as AuxiliaryVAE
 from pyrovae.models.conditional_vae import ConditionalVAE as ConditionalVAE
 from pyrovae.models.hierarchical import HierarchicalVAE as HierarchicalVAE
+from pyrovae.models.mixture import GaussianMixture as GaussianMixture
+from pyrovae.models.mixture_vae import GaussianMixtureVAE as GaussianMixtureVAE
 from pyrovae.models.semisupervised import SemiSupervisedVAE as SemiSupervisedVAE
 from pyrovae.models.vae import VAE as VAE
 from pyrovae.models.vae import LinearGaussian as LinearGaussian

@@ -23,6 +23,7 @@ from pyrovae.reference.densities import Density as Density
 from pyrovae.reference.densities import Net as Net
 from pyrovae.reference.densities import Posterior as Posterior
 from pyrovae.reference.densities import full_normal_noise as full_normal_noise
+from pyrovae.reference.densities import full_parameters as full_parameters
 from pyrovae.reference.densities import log_autoregressive_normal as log_autoregressive_normal
 from pyrovae.reference.densities import log_bernoulli as log_bernoulli
 from pyrovae.reference.densities import log_categorical as log_categorical
@@ -45,6 +46,10 @@ from pyrovae.reference.gaussians import diagonal_normal_noise as diagonal_normal
 from pyrovae.reference.gaussians import full_normal as full_normal
 from pyrovae.reference.gaussians import unit_normal as unit_normal
 from pyrovae.reference.gaussians import unit_normal_noise as unit_normal_noise
+from pyrovae.reference.mixtures import gaussian_mixture_log_joint as gaussian_mixture_log_joint
+from pyrovae.reference.mixtures import gaussian_mixture_log_prob as gaussian_mixture_log_prob
+from pyrovae.reference.mixtures import gaussian_mixture_posterior as gaussian_mixture_posterior
+from pyrovae.reference.mixtures import mixture_vae_elbo as mixture_vae_elbo
 from pyrovae.reference.structures import conditional_vae_elbo as conditional_vae_elbo
 from pyrovae.reference.structures import hierarchical_elbo as hierarchical_elbo
 from pyrovae.reference.structures import product_of_normals as product_of_normals
