@@ -87,8 +87,7 @@ class HierarchicalVAE(LatentModel):
         With z_0 = x, p(z_{l-1} | z_l) has the hidden layers hidden[l-1] in reverse, and so has, not reversed, the
         bottom-up q(z_l | z_{l-1}). The other guides' networks for z_l take x, so theirs are all of
         hidden[0], ..., hidden[l-1]: between x and z_l lie the same layers for every guide, with draws in between, or
-        without. The units between are as many, the weights more, since x enters the network of every
-        layer.
+        without. Since each z_l then has a network of its own from x, those guides have more weights.
 
         Args:
             x_dim: size of a datum.
