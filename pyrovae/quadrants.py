@@ -12,7 +12,7 @@ Quadrant = Literal["top-left", "top-right", "bottom-left", "bottom-right"]
 
 
 def quadrant(data: Any, shape: Sequence[int], which: Quadrant) -> Data:
-    """Images as a condition c, one quadrant of their pixels, and data x, the others (Sohn et al. 2015, section 5.1).
+    """Images as a condition c, one quadrant of their pixels, and data x, the others (Sohn et al. 2015).
 
     Data that are drawn as they are shown, by dynamic binarization, are cut as they are drawn: what c shows is of the
     same draw as x.

@@ -41,8 +41,8 @@ class HierarchicalVAE(LatentModel):
         guide_kind: bottom-up, top-down or ladder.
 
     Raises:
-        ValueError: for no layer, as many posteriors as there are not priors, an unknown guide_kind, or a ladder below
-            whose top not all priors and posteriors are a DiagonalNormal.
+        ValueError: for no layer, lists of unequal length, an unknown guide_kind, or a ladder with priors or posteriors
+            other than DiagonalNormal below its top.
 
     Example:
         >>> HierarchicalVAE.mlp(784, (20, 10)).encode(torch.zeros(3, 784), site="z2").shape
@@ -87,7 +87,7 @@ class HierarchicalVAE(LatentModel):
         With z_0 = x, p(z_{l-1} | z_l) has the hidden layers hidden[l-1] in reverse, and so has, not reversed, the
         bottom-up q(z_l | z_{l-1}). The other guides' networks for z_l take x, so theirs are all of
         hidden[0], ..., hidden[l-1]: between x and z_l lie the same layers for every guide, with draws in between, or
-        without. They are no more units, but more weights, since x enters the network of every layer.
+        without. Since each z_l then has a network of its own from x, those guides have more weights.
 
         Args:
             x_dim: size of a datum.

@@ -62,7 +62,7 @@ def hierarchical_elbo(
 
 
 def product_of_normals(first: Tensor, second: Tensor) -> Tensor:
-    """eta of N(z; mu_1, diag(s_1^2)) N(z; mu_2, diag(s_2^2)), normalised  (Sønderby et al. 2016, eq. 17 to 19).
+    """eta of N(z; mu_1, diag(s_1^2)) N(z; mu_2, diag(s_2^2)), normalised  (Sønderby et al. 2016).
 
         1 / s^2 = 1 / s_1^2 + 1 / s_2^2,  mu = s^2 (mu_1 / s_1^2 + mu_2 / s_2^2)
 
@@ -87,7 +87,7 @@ def conditional_vae_elbo(
     prior: Density,
     likelihood: Density = log_bernoulli,
 ) -> Tensor:
-    """log p(x | z, c) + log p(z | c) - log q(z | x, c) at z = g(eps, x, c)  (Sohn et al. 2015, eq. 4).
+    """log p(x | z, c) + log p(z | c) - log q(z | x, c) at z = g(eps, x, c)  (Sohn et al. 2015).
 
     Args:
         x: data `(N, X)`.
