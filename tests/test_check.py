@@ -311,10 +311,10 @@ def test_a_fault_alone_is_found_alone():
 
 @pytest.mark.parametrize("entry", (zoo.PROGRAMS | zoo.LABELED).values(), ids=zoo.PROGRAMS | zoo.LABELED)
 def test_nothing_is_found_in_the_zoo(entry):
-    program, x = entry.make(), entry.data(20)
+    program, batch = entry.make(), entry.batch(20)
     before = {name: value.clone() for name, value in program.state_dict().items()}
     noise = torch.get_rng_state()
-    report = check(program, x, strict=True)
+    report = check(program, batch, strict=True)
     assert report.findings == []
     assert all(passed for _, passed in report.checks.values())
     assert torch.equal(noise, torch.get_rng_state())
