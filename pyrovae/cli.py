@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
@@ -11,44 +10,30 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from pyrovae import checkpoint, conditionals, models, plots, sources
+from pyrovae import checkpoint, models, plots
 from pyrovae import data as data_sets
-from pyrovae.bounds import IWAE_ELBO, STL_ELBO
 from pyrovae.compare import compare
 from pyrovae.compiled import CompileError
 from pyrovae.evaluate import evaluate
 from pyrovae.fit import fit
 from pyrovae.options import Compare, Evaluate, Sample, Train
 from pyrovae.program import LatentModel
+from pyrovae.recipes import (
+    bound_of,
+    check_options,
+    has,
+    load_splits,
+    num_classes,
+    of_part,
+    program_of,
+    rate_of,
+    shown,
+)
 from pyrovae.run import score
-from pyrovae.schedules import Linear
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LIKELIHOODS = {
-    "bernoulli": conditionals.Bernoulli,
-    "unit-normal": conditionals.UnitNormal,
-    "normal": conditionals.DiagonalNormal,
-    "floor-normal": conditionals.FloorNormal,
-    "continuous": conditionals.ContinuousBernoulli,
-    "logistics": conditionals.DiscretizedLogisticMixture,
-}
-POSTERIORS = {
-    "diagonal": conditionals.DiagonalNormal,
-    "full": conditionals.FullNormal,
-    "iaf": conditionals.InverseAutoregressiveFlow,
-    "planar": conditionals.PlanarFlow,
-    "householder": conditionals.HouseholderFlow,
-    "spline": conditionals.NeuralSplineFlow,
-}
-PRIORS: dict[str, Callable[[int], conditionals.Conditional]] = {
-    "standard": conditionals.StandardNormal,
-    "mixture": conditionals.MixtureOfNormals,
-    "real-nvp": conditionals.RealNVP.root,
-    "maf": conditionals.MaskedAutoregressiveFlow.root,
-    "autoregressive": conditionals.AutoregressivePrior,
-}
 MAY_CHANGE = ("epochs", "patience", "device", "num_particles", "resume", "out")  # of a run that is resumed
 
 
@@ -104,9 +89,9 @@ def _stored(run: Path) -> Train:
 
 def _train(command: Train) -> None:
     """`pyrovae train`."""
-    splits = _splits(command)
-    _check_sizes(command)
-    program, data = _program(command, splits)
+    check_options(command)
+    splits = load_splits(command)
+    program, data = program_of(command, splits)
     folder = command.out or Path("runs") / f"{Path(command.data).stem}-{datetime.now():%Y%m%d-%H%M%S}"
     checkpoint.open_run(folder, command.resume)
     if not command.resume:
@@ -114,16 +99,16 @@ def _train(command: Train) -> None:
     print(
         f"{command.data}: {len(splits.train)} training, {len(splits.val)} validation, {len(splits.test)} test data of "
         f"{splits.train['x'].shape[1]} values, binarization {splits.binarize}\n"
-        f"{type(program).__name__} with {sum(p.numel() for p in program.parameters()):,} parameters, "
-        f"{command.prior} prior, {command.posterior} posterior, {command.likelihood} likelihood; writing to {folder}"
+        f"{type(program).__name__} with {sum(p.numel() for p in program.parameters()):,} parameters"
+        f"{_families(command)}; writing to {folder}"
     )
     history = fit(
         program,
         **data,
-        **_bound(command, len(data["train"])),
+        **bound_of(command, len(data["train"])),
         epochs=command.epochs,
         batch_size=command.batch_size,
-        lr=_rate(command),
+        lr=rate_of(command),
         patience=command.patience,
         grad_clip=command.grad_clip,
         seed=command.seed,
@@ -139,92 +124,75 @@ def _train(command: Train) -> None:
     error = f", error {best['val_error']:.2%}" if "val_error" in best else ""
     found = f"validation ELBO {best['val_elbo']:.3f}{error}"
     print(f"best epoch {best['epoch']} of {len(history)}, {found}, {seconds:.0f} s\n")
-    for name, figure in _pictures(program, splits, history).items():
+    for name, figure in _pictures(command, program, splits, history).items():
         _draw(figure, folder / f"{name}.png")
     _evaluate(Evaluate(folder, command.num_particles, compile=command.compile), program)
     ladder = tuple(k for k in Compare.num_particles if k < command.num_particles)
     _compare(Compare(folder, (*ladder, command.num_particles)), program)
 
 
-def _program(command: Train, splits: data_sets.Splits) -> tuple[LatentModel, dict[str, Any]]:
-    """The program at its first weights, and the data that `fit` takes for it."""
-    import torch
+def _families(command: Train) -> str:
+    """The families that the model was given, in words."""
+    asked = [f"{getattr(command, role)} {role}" for role in ("prior", "posterior", "likelihood") if has(command, role)]
+    return "".join(f", {each}" for each in asked)
 
-    torch.manual_seed(command.seed)
-    x_dim = splits.train["x"].shape[1]
-    families = {"likelihood": LIKELIHOODS[command.likelihood], "posterior": POSTERIORS[command.posterior]}
-    if command.model == "m2":
-        classes = int(splits.train["y"].max()) + 1
-        labeled, train = data_sets.split_labels(splits.train, command.labels // classes, command.seed)
-        data = {"train": train, "val": splits.val, "labeled": labeled, "supervised_weight": command.supervised_weight}
-        program = models.SemiSupervisedVAE.mlp(x_dim, classes, command.z_dim, command.hidden, **families)
+
+def _pictures(
+    command: Train, program: LatentModel, splits: data_sets.Splits, history: list[dict[str, float]]
+) -> dict[str, Figure]:
+    test, shape = of_part(command, splits, "test"), splits.shape
+    pictures = {"learning_curves": plots.learning_curves(history)}
+    few = shown(test.rows(_spread(len(test), 10)))
+    if command.model == "conditional" and command.given != "class":
+        pictures["completions"] = plots.completions(program, few, shape, command.given)
     else:
-        data = {"train": splits.train.select("x"), "val": splits.val.select("x")}
-        program = models.VAE.mlp(x_dim, command.z_dim, command.hidden, **families)
-    program.likelihood.start_at(splits.train["x"].mean(0))
-    program.prior = _prior(command, program.posterior, splits.train)
-    return program, data
-
-
-def _prior(command: Train, posterior: conditionals.Conditional, train: data_sets.Data) -> conditionals.Conditional:
-    if command.prior != "vamp":
-        return PRIORS[command.prior](command.z_dim)
+        pictures["samples"] = _samples(command, program, splits)
+        pictures["reconstructions"] = plots.reconstructions(program, few, shape)
+    if command.model != "mixture":
+        site = "z1" if command.model == "hierarchical" else "z"
+        pictures["latent_space"] = plots.latent_space(program, shown(test), splits.test.tensors.get("y"), site=site)
     if command.model == "m2":
-        raise ValueError("Expected another --prior with --model m2, whose q(z | x, y) takes a label; got vamp")
-    import torch
-
-    x = train["x"][torch.randperm(len(train))[:500]]
-    unit_interval = bool(((x >= 0) & (x <= 1)).all())
-    return conditionals.VampPrior(posterior, x.shape[1], len(x), unit_interval).start_from(x)
-
-
-def _bound(command: Train, num_train: int) -> dict[str, Any]:
-    """The bound, as arguments of `fit`."""
-    if command.draws < 1 or command.kl_warmup < 0:
-        raise ValueError(
-            f"Expected --draws of at least 1 and --kl-warmup of at least 0; got {command.draws}, {command.kl_warmup}"
-        )
-    bounds = {
-        "elbo": lambda: None,
-        "iwae": lambda: IWAE_ELBO(command.draws),
-        "dreg": lambda: IWAE_ELBO(command.draws, "dreg"),
-        "stl": lambda: STL_ELBO(command.draws),
-    }
-    steps = command.kl_warmup * -(-num_train // command.batch_size)
-    return {
-        "elbo": bounds[command.bound](),
-        "kl_weight": Linear(steps) if steps else 1.0,
-        "free_bits": command.free_bits,
-    }
-
-
-def _pictures(program: LatentModel, splits: data_sets.Splits, history: list[dict[str, float]]) -> dict[str, Figure]:
-    test, shape = splits.test, splits.shape
-    few = test.rows(_spread(len(test), 10))
-    pictures = {
-        "learning_curves": plots.learning_curves(history),
-        "samples": plots.samples(program, 64, shape),
-        "reconstructions": plots.reconstructions(program, few["x"], shape),
-        "latent_space": plots.latent_space(program, test["x"], test.tensors.get("y"), site="z"),
-    }
-    if isinstance(program, models.SemiSupervisedVAE):
         pictures["analogies"] = plots.analogies(program, few, shape)
     return pictures
 
 
+def _samples(command: Train, program: LatentModel, splits: data_sets.Splits, n: int = 64) -> Figure:
+    """Draws; of a model of clusters or classes a row for each."""
+    import torch
+
+    if command.model in ("mixture", "mixture-vae"):
+        return plots.samples(program, command.clusters**2, splits.shape, c=_rows(command.clusters))
+    if command.model == "conditional" and command.given == "class":
+        classes = num_classes(splits)
+        return plots.samples(program, classes**2, splits.shape, c=torch.eye(classes)[_rows(classes)])
+    if command.model == "conditional":
+        c = shown(of_part(command, splits, "test").rows(_spread(len(splits.test), n)))["c"]
+        return plots.samples(program, len(c), None, c=c)
+    return plots.samples(program, n, splits.shape)
+
+
+def _rows(size: int) -> Any:
+    """The numbers of the rows of a square."""
+    import torch
+
+    return torch.arange(size).repeat_interleave(size)
+
+
 def _evaluate(command: Evaluate, program: LatentModel | None = None) -> None:
     """`pyrovae evaluate`."""
-    program, splits = _open(command.run, program)
-    data = getattr(splits, command.part).select("x")
+    program, stored, splits = _open(command.run, program)
+    part: data_sets.Data = getattr(splits, command.part)
+    clusters = stored.model in ("mixture", "mixture-vae")
     result = evaluate(
         program,
-        data,
+        of_part(stored, splits, command.part),
         command.num_particles,
+        classes=part.tensors.get("y") if clusters else None,
         seed=command.seed,
         precision=command.precision,
         compile=command.compile,
     )
-    error = _test_error(program, getattr(splits, command.part))
+    error = _test_error(program, part)
     per_datum = {name: getattr(result, name).tolist() for name in ("log_px", "elbo", "standard_error", "ess", "k_hat")}
     content = {"part": command.part, "seed": command.seed, **result.summary(), **error, "per_datum": per_datum}
     checkpoint.write_json(command.run / "evaluation.json", content)
@@ -246,8 +214,8 @@ def _test_error(program: LatentModel, data: data_sets.Data) -> dict[str, float]:
 
 def _compare(command: Compare, program: LatentModel | None = None) -> None:
     """`pyrovae compare`."""
-    program, splits = _open(command.run, program)
-    data = getattr(splits, command.part).select("x")
+    program, stored, splits = _open(command.run, program)
+    data = of_part(stored, splits, command.part)
     if command.num_data < 1:
         raise ValueError(f"Expected --num-data to be positive; got {command.num_data}")
     data = data.rows(_spread(len(data), command.num_data))
@@ -263,11 +231,15 @@ def _sample(command: Sample) -> None:
 
     if command.npy is not None and command.npy.suffix != ".npy":
         raise ValueError(f"Expected --npy to name a .npy file; got {command.npy}")
-    program, splits = _open(command.run)
+    program, stored, splits = _open(command.run)
     torch.manual_seed(command.seed)
-    _draw(plots.samples(program, command.n, splits.shape), command.run / "samples.png")
+    _draw(_samples(stored, program, splits, command.n), command.run / "samples.png")
     if command.npy is not None:
-        values = program.sample(command.n).numpy()
+        given: dict[str, Any] = {}
+        if stored.model == "conditional":
+            conditions = shown(of_part(stored, splits, "test"))["c"]
+            given = {"c": conditions[torch.arange(command.n) % len(conditions)]}
+        values = program.sample(command.n, **given).numpy()
 
         def write(path: Path) -> None:
             with path.open("wb") as file:
@@ -286,40 +258,9 @@ def _record(command: Train, splits: data_sets.Splits, folder: Path) -> None:
     checkpoint.write_json(path, {**config, "command": asdict(command) | {"out": None, "resume": False}, "data": data})
 
 
-def _rate(command: Train) -> float | Callable[[int], float]:
-    first, last = command.lr, command.lr_final
-    if last is None:
-        return first
-    if min(first, last) <= 0:
-        raise ValueError(f"Expected --lr and --lr-final to be positive; got {first} and {last}")
-
-    def geometric(epoch: int) -> float:
-        return first * (last / first) ** ((epoch - 1) / max(1, command.epochs - 1))
-
-    return geometric
-
-
-def _splits(command: Train) -> data_sets.Splits:
-    binarize = command.binarize
-    if binarize == "auto":
-        grey = command.likelihood == "bernoulli" and command.data != "binarized-mnist"
-        binarize = "dynamic" if grey else "none"
-    return data_sets.load(
-        command.data, binarize, labels=command.model == "m2" or command.data in sources.LABELLED, seed=command.seed
-    )
-
-
-def _check_sizes(command: Train) -> None:
-    for name in ("z_dim", "hidden", "num_particles", "labels"):
-        value = getattr(command, name)
-        smallest = min(value, default=1) if isinstance(value, tuple) else value
-        if smallest < 1:
-            raise ValueError(f"Expected --{name.replace('_', '-')} to be positive; got {smallest}")
-
-
-def _open(run: Path, program: LatentModel | None = None) -> tuple[LatentModel, data_sets.Splits]:
-    splits = _splits(_stored(run))
-    return program or checkpoint.load(run), splits
+def _open(run: Path, program: LatentModel | None = None) -> tuple[LatentModel, Train, data_sets.Splits]:
+    stored = _stored(run)
+    return program or checkpoint.load(run), stored, load_splits(stored)
 
 
 def _spread(length: int, n: int) -> slice:

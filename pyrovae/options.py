@@ -11,10 +11,13 @@ import tyro
 
 @dataclass(frozen=True)
 class Train:
-    """Train a variational autoencoder, then draw its pictures and measure its log-likelihood on the test data."""
+    """Train a latent-variable model, then draw its pictures and measure its log-likelihood on the test data."""
 
-    model: Literal["vae", "m2"] = "vae"
-    """vae, or m2: with a label that only some of the data have (Kingma et al. 2014)."""
+    model: Literal[
+        "vae", "auxiliary", "hierarchical", "conditional", "m2", "mixture-vae", "mixture", "linear-gaussian"
+    ] = "vae"
+    """hierarchical: several layers of latents; conditional: p(x | c); m2: a label that some data have; mixture-vae: latents
+    in clusters; mixture: of Gaussians; auxiliary: one latent more in the guide; linear-gaussian: linear."""
     data: str = "digits"
     """digits, mnist, fashion-mnist, binarized-mnist, frey-faces, or a .npy or .npz file."""
     binarize: Literal["auto", "none", "dynamic", "static", "threshold"] = "auto"
@@ -33,6 +36,18 @@ class Train:
     """Nats that the KL of each of so many groups of latents costs nothing below."""
     likelihood: Literal["bernoulli", "unit-normal", "normal", "floor-normal", "continuous", "logistics"] = "bernoulli"
     """Family of p(x | z); continuous: Bernoulli on [0, 1]; logistics: of values k / 255."""
+    layers: tuple[int, ...] = (20, 10)
+    """hierarchical: sizes of z1, z2, ...; each has the hidden layers of --hidden."""
+    guide: Literal["bottom-up", "top-down", "ladder"] = "bottom-up"
+    """hierarchical: the order in which the guide draws the layers."""
+    given: Literal["class", "top-left", "top-right", "bottom-left", "bottom-right"] = "class"
+    """conditional: c, the class of a datum or a quadrant of its image."""
+    clusters: int = 10
+    """mixture, mixture-vae: how many."""
+    covariance: Literal["diagonal", "full"] = "full"
+    """mixture, mixture-vae: of each cluster."""
+    pretrain: int = 50
+    """mixture-vae: epochs of a VAE, in whose latents the clusters begin."""
     labels: int = 100
     """m2: how many training data keep their label, equally many of each class."""
     supervised_weight: float | None = None

@@ -22,16 +22,18 @@ if TYPE_CHECKING:
 COLORS = ("#1f5fa8", "#d1702c", "#3d8b57", "#8a4f9e")
 
 
-def samples(program: LatentModel, n: int = 64, shape: Sequence[int] | None = None, *, like: Any = None) -> Figure:
+def samples(
+    program: LatentModel, n: int = 64, shape: Sequence[int] | None = None, *, like: Any = None, **given: Tensor | int
+) -> Figure:
     """E[x | z] of n draws z ~ p(z), as a grid of images.
 
     Args:
         program: a `LatentModel`.
         n: how many.
         shape: (channels, height, width) of an image; None draws each datum as a row of a matrix.
-        like: as for `LatentModel.sample`.
+        like, given: as for `LatentModel.sample`.
     """
-    x = program.sample(n, mean=True, like=like)
+    x = program.sample(n, mean=True, like=like, **given)
     columns = math.ceil(math.sqrt(n))
     figure, axes = _figure(4, 4)
     _show(axes, _grid(x, shape, columns) if _is_image(shape) else x)

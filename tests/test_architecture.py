@@ -25,6 +25,7 @@ FLOORS = [
     ("checkpoint", "check", "objectives", "draws", "supervision"),
     ("evaluate", "compare", "run"),
     ("fit", "plots"),
+    ("recipes",),
     ("cli",),
 ]
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+import pyrovae
 from pyrovae import evaluate, load
-from pyrovae.cli import LIKELIHOODS, Train, _rate, _spread, main
+from pyrovae.cli import _spread, main
 from pyrovae.data import load as load_data
+from pyrovae.options import Train
+from pyrovae.recipes import _MODELS, LIKELIHOODS, rate_of
 
 SMALL = ["--epochs", "2", "--hidden", "20", "--z-dim", "2", "--num-particles", "20"]
 
@@ -71,6 +74,56 @@ def test_flows_priors_and_bounds(options, monkeypatch, tmp_path):
     assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 4
 
 
+MODELS = {
+    "auxiliary": (),
+    "hierarchical": ("--layers", "4", "3", "--guide", "ladder", "--kl-warmup", "1"),
+    "conditional": (),
+    "conditional of a quadrant": ("--given", "bottom-left"),
+    "m2": ("--labels", "20"),
+    "mixture-vae": ("--clusters", "4", "--pretrain", "1"),
+    "mixture": ("--covariance", "diagonal", "--clusters", "5"),
+    "linear-gaussian": (),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_trains_resumes_and_is_measured(name, monkeypatch, tmp_path):
+    out = tmp_path / "run"
+    run(monkeypatch, "train", "--model", name.split()[0], *SMALL, *MODELS[name], "--out", out)
+    result = json.loads((out / "evaluation.json").read_text())
+    assert all(value is not None for value in result["per_datum"]["log_px"])
+    assert ("clustering" in result) == name.startswith("mixture")
+    run(monkeypatch, "train", "--out", out, "--resume", "--epochs", "3")
+    assert len((out / "metrics.csv").read_text().splitlines()) == 4
+    run(monkeypatch, "sample", out, "--n", "4", "--npy", tmp_path / "x.npy")
+    assert np.load(tmp_path / "x.npy").shape == (4, 48 if "quadrant" in name else 64)
+
+
+def test_every_model_of_the_library_has_a_name():
+    offered = Train.__annotations__["model"]
+    built = {name: name.split()[0] for name in MODELS}
+    assert all(f'"{name}"' in offered for name in built.values())
+    public = [c for c in vars(pyrovae.models).values() if isinstance(c, type) and issubclass(c, pyrovae.LatentModel)]
+    assert len(public) == len(_MODELS) == len(set(built.values())) + 1  # and the VAE
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--model", "mixture", "--posterior", "iaf"), "Expected --posterior with --model vae or .*; got iaf with"),
+        (("--layers", "5", "5"), r"Expected --layers with --model hierarchical alone; got \(5, 5\) with --model vae"),
+        (("--model", "hierarchical", "--layers", "0"), "Expected --layers to be positive; got 0"),
+        (("--model", "mixture", "--clusters", "2000"), "datum for each of 2000 clusters, or more; got 1437"),
+        (("--model", "m2", "--prior", "vamp"), "Expected another --prior with --model m2"),
+    ],
+)
+def test_options_that_do_not_go_together(options, message, monkeypatch, capsys, tmp_path):
+    with pytest.raises(SystemExit, match="2"):
+        run(monkeypatch, "train", *options, "--out", tmp_path / "run")
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
 def test_evaluate_compare_and_sample(trained, monkeypatch, capsys, tmp_path):
     run(monkeypatch, "evaluate", trained, "--num-particles", "30", "--part", "val")
     assert "K = 30" in capsys.readouterr().out
@@ -96,7 +149,7 @@ def test_resume_goes_on_with_the_runs_own_settings(trained, monkeypatch, tmp_pat
 
 
 def test_the_rate_falls_geometrically_and_its_horizon_is_kept(monkeypatch, capsys, tmp_path):
-    rate = _rate(Train(lr=1e-2, lr_final=1e-4, epochs=5))
+    rate = rate_of(Train(lr=1e-2, lr_final=1e-4, epochs=5))
     assert [rate(epoch) for epoch in range(1, 6)] == pytest.approx([1e-2, 10**-2.5, 1e-3, 10**-3.5, 1e-4])
     run(monkeypatch, "train", *SMALL, "--lr-final", "1e-4", "--out", tmp_path / "r")
     with pytest.raises(SystemExit):
