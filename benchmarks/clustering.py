@@ -51,13 +51,13 @@ class Options:
     """Of the clusters."""
     kl_weight: float = 0.05
     """Of the VAE's KL term, before there are clusters."""
-    vae_epochs: int = 50
+    vae_epochs: int = 30
     """Passes in training the VAE."""
     vae_lr: float = 2e-3
     """Learning rate of Adam, falling to a tenth, of the VAE."""
     restarts: int = 3
     """Of k-means and EM, of which the likeliest is kept."""
-    epochs: int = 50
+    epochs: int = 40
     """Passes in training the mixture VAE."""
     lr: float = 1e-3
     """Learning rate of Adam, falling to a tenth, of the mixture VAE."""
