@@ -247,6 +247,16 @@ def test_weights_are_summed_over_the_classes(entry):
     assert list(drawn.posterior_means()) == list(others)
 
 
+@everyone
+@float64
+def test_compare_takes_data_that_show_the_label_or_hide_it(entry):
+    program, x = scattered(entry.make()), entry.data(4)
+    for batch in ({"x": x}, {"x": x, program.label: labels(4)}):
+        difference = pyrovae.compare(program, batch, 1, elbo_draws=3, seed=0, progress=False).difference
+        assert difference is not None
+        assert difference < 1e-9
+
+
 def gaussian_mixture() -> tuple[SemiSupervisedVAE, Tensor, Tensor]:
     """x | y, z ~ N(W (y, z) + b, s^2 I): given the class a linear-Gaussian model, so that log p(x, y) is exact."""
     torch.manual_seed(3)

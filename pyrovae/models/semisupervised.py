@@ -103,7 +103,7 @@ class SemiSupervisedVAE(LatentModel):
     def reference_elbo(self, x: Tensor, z: Tensor, y: Tensor) -> Tensor | None:
         """The hand-written -L(x, y) - log q(y | x) `(*, N)` at a label y `(*, N, C)`, one-hot, and latents z.
 
-        None where `reference` has not all families.
+        Where data show y, integers, it is -L(x, y). None where `reference` has not all families.
         """
         likelihood = self.likelihood.by_hand(reference.LIKELIHOODS)
         functions = self.posterior.by_hand(reference.POSTERIORS)
@@ -111,6 +111,9 @@ class SemiSupervisedVAE(LatentModel):
         if likelihood is None or functions is None or log_prior is None:
             return None
         transform, noise = functions
+        shown = not y.is_floating_point()
+        if shown:
+            y = one_hot(y, len(self.label_prior.eta()))
         with torch.no_grad():
             eps = noise(z, self.posterior_net(x, y).expand(*z.shape[:-1], -1))
         labeled = reference.labeled_elbo(
@@ -124,7 +127,7 @@ class SemiSupervisedVAE(LatentModel):
             likelihood=likelihood,
             log_prior=lambda z: log_prior(z, self.prior.eta()),
         )
-        return labeled - reference.log_one_hot(y, self.classifier.eta(x))
+        return labeled if shown else labeled - reference.log_one_hot(y, self.classifier.eta(x))
 
     def posterior_net(self, x: Tensor, y: Tensor) -> Tensor:
         """eta of q(z | x, y), or of q(z | x)."""
