@@ -16,8 +16,8 @@ class Train:
     model: Literal[
         "vae", "auxiliary", "hierarchical", "conditional", "m2", "mixture-vae", "mixture", "linear-gaussian"
     ] = "vae"
-    """hierarchical: several layers of latents; conditional: p(x | c); m2: a label that some data have; mixture-vae: latents
-    in clusters; mixture: of Gaussians; auxiliary: one latent more in the guide; linear-gaussian: linear."""
+    """hierarchical: several layers of latents; conditional: p(x | c); m2: a label that some data have; mixture-vae:
+    latents in clusters; mixture: of Gaussians; auxiliary: one more latent in the guide; linear-gaussian."""
     data: str = "digits"
     """digits, mnist, fashion-mnist, binarized-mnist, frey-faces, or a .npy or .npz file."""
     binarize: Literal["auto", "none", "dynamic", "static", "threshold"] = "auto"
