@@ -33,3 +33,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     out = [item for item in items if any(absent[mark.name] for mark in item.iter_markers() if mark.name in absent)]
     config.hook.pytest_deselected(items=out)
     items[:] = [item for item in items if item not in out]
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    """One of several processes leaves the number to the first, which has the last word."""
+    if items and hasattr(items[0].config, "workeroutput"):
+        output: dict[str, int] = items[0].config.workeroutput
+        output["deselected"] = output.get("deselected", 0) + len(items)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    """Each process has looked at all tests, and left out the same."""
+    terminal = node.config.pluginmanager.get_plugin("terminalreporter")
+    terminal.stats["deselected"] = [None] * getattr(node, "workeroutput", {}).get("deselected", 0)
