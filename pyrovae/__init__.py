@@ -13,6 +13,7 @@ from pyrovae.check import check as check
 from pyrovae.checkpoint import load as load
 from pyrovae.checkpoint import save as save
 from pyrovae.clustering import Clustering as Clustering
+from pyrovae.clustering import agreement as agreement
 from pyrovae.compare import Comparison as Comparison
 from pyrovae.compare import compare as compare
 from pyrovae.compiled import Compiled as Compiled

@@ -37,7 +37,8 @@ class Evaluation:
         num_particles: K.
         dim: number of observed values in a datum.
         active_units: for each latent site, the number of units whose posterior mean varies over the data with a
-            variance above 0.01 (Burda et al. 2016).
+            variance above 0.01 (Burda et al. 2016). Where a guide draws a layer given the one above, its mean moves
+            with that one too, so that all of its units may count.
         clustering: how well the likeliest clusters agree with the classes, where these were given.
     """
 

@@ -117,7 +117,7 @@ class GaussianMixture(LatentModel):
         return em(self.label_prior, self.likelihood, x, iterations, tolerance, floor, progress)
 
     def split_and_merge(self, x: Tensor) -> float:
-        """EM that leaves local optima: it merges two clusters and splits another as long as that makes x likelier.
+        """EM that leaves many local optima: it merges two clusters and splits another while that makes x likelier.
 
         Args:
             x: `(N, X)`, at least as many as clusters.

@@ -28,8 +28,8 @@ class GaussianMixtureVAE(LatentModel):
     mixture. `program.predict(x)` is q(c | z) at the posterior mean of z; `program.sample(n, c=3)` draws from a cluster.
     Where data show the cluster, as integers, it is observed.
 
-    Trained from its random beginning it puts most data into few clusters: train a `VAE`, take over its likelihood and
-    posterior, and call `start_from` first, as VaDE's authors do.
+    Trained from its random beginning it is slow to form clusters, and those agree less with the classes of the data: train
+    a `VAE`, take over its likelihood and posterior, and call `start_from` first, as VaDE's authors do.
 
     Args:
         likelihood: p(x | z).
@@ -114,7 +114,7 @@ class GaussianMixtureVAE(LatentModel):
         """p(c | z) for z `(*, D)`: a one-hot vector with batch shape `*`."""
         return OneHotCategorical(None).distribution(log_joint(self.label_prior, self.prior, z))
 
-    def start_from(self, x: Tensor, seed: int, restarts: int = 3) -> float:
+    def start_from(self, x: Tensor, seed: int, restarts: int = 3) -> Self:
         """Place the clusters by k-means and EM on draws z ~ q(z | x), one for each datum.
 
         Local optima of EM are left by splitting and merging clusters (Ueda et al. 2000); of the restarts the likeliest
@@ -124,9 +124,6 @@ class GaussianMixtureVAE(LatentModel):
             x: `(N, X)`, at least as many as clusters.
             seed: of the draws, and of the first k-means; the others have the seeds that follow.
             restarts: how many times all that is done.
-
-        Returns:
-            The mean of log p(z) over the draws, nats per datum.
 
         Raises:
             ValueError: for fewer data than clusters, or restarts below 1.
@@ -143,7 +140,7 @@ class GaussianMixtureVAE(LatentModel):
             if found > best:
                 best, state = found, {name: value.clone() for name, value in self.state_dict().items()}
         self.load_state_dict(state)
-        return best
+        return self
 
     def reference_elbo(self, x: Tensor, z: Tensor, c: Tensor) -> Tensor | None:
         """The hand-written ELBO `(*, N)` at the noise behind z `(*, N, D)`, for c drawn by the guide, one-hot.
