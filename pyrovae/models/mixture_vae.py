@@ -28,8 +28,8 @@ class GaussianMixtureVAE(LatentModel):
     mixture. `program.predict(x)` is q(c | z) at the posterior mean of z; `program.sample(n, c=3)` draws from a cluster.
     Where data show the cluster, as integers, it is observed.
 
-    Trained from its random beginning it is slow to form clusters, and those agree less with the classes of the data: train
-    a `VAE`, take over its likelihood and posterior, and call `start_from` first, as VaDE's authors do.
+    Trained from its random beginning it is slow to form clusters, and those agree less with the classes of the data:
+    train a `VAE`, take over its likelihood and posterior, and call `start_from` first, as VaDE's authors do.
 
     Args:
         likelihood: p(x | z).
