@@ -44,7 +44,7 @@ class Train:
     """conditional: c, the class of a datum or a quadrant of its image."""
     clusters: int = 10
     """mixture, mixture-vae: how many."""
-    covariance: Literal["diagonal", "full"] = "full"
+    covariance: Literal["diagonal", "full"] = "diagonal"
     """mixture, mixture-vae: of each cluster."""
     pretrain: int = 50
     """mixture-vae: epochs of a VAE, in whose latents the clusters begin."""

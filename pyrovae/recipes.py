@@ -48,7 +48,7 @@ OWN = {
     "guide": ("bottom-up", ("hierarchical",)),
     "layers": ((20, 10), ("hierarchical",)),
     "clusters": (10, ("mixture", "mixture-vae")),
-    "covariance": ("full", ("mixture", "mixture-vae")),
+    "covariance": ("diagonal", ("mixture", "mixture-vae")),
     "pretrain": (50, ("mixture-vae",)),
     "given": ("class", ("conditional",)),
     "labels": (100, ("m2",)),

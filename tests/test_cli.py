@@ -82,7 +82,7 @@ MODELS = {
     "conditional of a quadrant": ("--given", "bottom-left"),
     "m2": ("--labels", "20"),
     "mixture-vae": ("--clusters", "4", "--pretrain", "1"),
-    "mixture": ("--covariance", "diagonal", "--clusters", "5"),
+    "mixture": ("--covariance", "full", "--clusters", "5"),
     "linear-gaussian": (),
 }
 
