@@ -3,19 +3,24 @@
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
+
+import pyro
+import torch
 
 from pyrovae.data import Batch, as_data, num_rows, stream
 from pyrovae.program import LatentModel, check_keys
 from pyrovae.survey import Survey
 from pyrovae.symptoms.dependence import gradients, independence, reads_data, reads_latents
-from pyrovae.symptoms.finding import Finding
+from pyrovae.symptoms.finding import Finding, aside
 from pyrovae.symptoms.measures import bounds, broadcasting, compiling, densities, scales
 from pyrovae.symptoms.structure import latents, plates, runs, values
-from pyrovae.traces import check_arguments
+from pyrovae.traces import check_arguments, traced
 
 ROWS = 6  # data on which a program is looked at
+MANY = 256  # where data differ, and classes may be rare
 STRUCTURE = {"runs": runs, "latents": latents, "plate": plates, "values": values}
 CHEAP = {
     "scales": scales,
@@ -24,6 +29,7 @@ CHEAP = {
     "gradients": gradients,
     "independence": independence,
 }
+ON_MANY = "guide", "gradients"
 OTHERS = {"densities": densities, "broadcasting": broadcasting, "compiling": compiling, "bounds": bounds}
 
 
@@ -52,7 +58,8 @@ def check(program: LatentModel, data: Any, *, strict: bool = False) -> Report:
     """Tell what is wrong with a program.
 
     It is run on a few data, many times, each time from the same noise; its weights, its mode and torch's random
-    state are as before after it. What needs a sound structure is looked at only where that is sound.
+    state are as before after it. What needs a sound structure is looked at only where that is sound. `fit` makes the
+    cheap half of it (scales, what depends on what) on the first data, and warns.
 
     Args:
         program: a `LatentModel`.
@@ -72,20 +79,24 @@ def check(program: LatentModel, data: Any, *, strict: bool = False) -> Report:
         []
     """
     check_arguments(program)
-    first = next(stream(as_data(data), name="data"), None)
+    with torch.random.fork_rng():
+        first = next(stream(as_data(data), name="data"), None)
     if first is None:
         raise ValueError("Expected data to hold at least one datum; got an empty DataLoader")
     check_keys(first, program.model, program.guide)
     device = next((p.device for p in program.parameters()), None)
-    batch = {key: value[:ROWS].to(device) for key, value in first.items()}
+    first = {key: value.to(device) for key, value in first.items()}
+    few, many = _spread(first, ROWS), _spread(first, MANY)
+    _first_run(program, few)
     found: dict[str, list[Finding]] = {}
     for name, symptom in STRUCTURE.items():
         if not any(found.values()):
-            found[name] = _looked_at(name, symptom, program, batch)
+            found[name] = _looked_at(name, symptom, program, few)
     if not any(found.values()):
-        survey = Survey.of(program, batch)
+        with aside(program):
+            survey = Survey.of(program, few)
         for name, symptom in {**CHEAP, **OTHERS}.items():
-            found[name] = _looked_at(name, symptom, program, batch, survey)
+            found[name] = _looked_at(name, symptom, program, many if name in ON_MANY else few, survey)
     every = STRUCTURE | CHEAP | OTHERS
     findings = [finding for each in found.values() for finding in each]
     wrong = {finding.check for finding in findings}
@@ -111,14 +122,24 @@ def _looked_at(name: str, symptom: Callable[..., Iterator[Finding]], *args: Any)
             return list(symptom(*args))
     except Exception as error:
         whole = "".join(traceback.format_exception(error)).rstrip()
-        return [Finding(name, None, f"the program fails while this is looked at. Its own error:\n{whole}")]
+        return [Finding(name, None, f"the program fails while this is looked at. Its own error:\n{whole}", failed=True)]
 
 
 def warn_of_findings(program: LatentModel, batch: Batch, survey: Survey) -> None:
-    """The cheap part of `check`, on the first data: a warning for each finding."""
-    few = {key: value[:ROWS] for key, value in batch.items()}
-    if num_rows(few) < 3:
-        return
+    """The cheap half of `check`, on the first data: a warning for each finding, and none where a look itself fails."""
     for name, symptom in CHEAP.items():
-        for finding in _looked_at(name, symptom, program, few, survey):
-            warnings.warn(f"{finding}. `check(program, data)` looks further", stacklevel=4)
+        for finding in _looked_at(name, symptom, program, _spread(batch, MANY if name in ON_MANY else ROWS), survey):
+            if not finding.failed:
+                warnings.warn(f"{finding}. `check(program, data)` looks further", stacklevel=5)
+
+
+def _spread(batch: Batch, n: int) -> Batch:
+    """At most n data, evenly spread: a set may be sorted by class."""
+    step = max(1, num_rows(batch) // n)
+    return {key: value[::step][:n] for key, value in batch.items()}
+
+
+def _first_run(program: LatentModel, batch: Batch) -> None:
+    """Make what parameters and lazy networks it makes, as if training had begun; whether it runs is looked at after."""
+    with suppress(Exception), torch.random.fork_rng(), program.inference(), pyro.validation_enabled(False):
+        traced(program, batch)

@@ -66,6 +66,8 @@ def fit(
     the losses of data whose label is shown and not. Without `labeled`, a program with a label that `train` does not
     show, as the cluster of a mixture, is trained by U alone.
 
+    What `check` can tell cheaply of the program is looked at on the first data, and a warning given for each finding.
+
     With `val`, the weights that were best on it are in the program at the end, also when training stops
     with an error: by its error of classification where `labeled` is given and `val` has labels, else by its ELBO.
 

@@ -11,10 +11,11 @@ import torch
 import zoo
 from pyro.distributions import constraints
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
-from pyrovae import VAE, LatentModel, as_program, check, data_plate, fit
+from pyrovae import VAE, GaussianMixture, LatentModel, as_program, check, data_plate, fit
 from pyrovae.conditionals import Bernoulli, DiagonalNormal, StandardNormal
+from pyrovae.data import Data, load
 from pyrovae.symptoms.normalization import total_probability
 
 X = 5
@@ -249,6 +250,21 @@ class DataDependentLoop(Two):
         return dist.Bernoulli(logits=logits).to_event(1)
 
 
+class RescaledByTheBatch(Two):
+    def guide(self, x):
+        with data_plate(x):
+            z1 = pyro.sample("z1", self.q_z1(x / x.sum()))
+            pyro.sample("z2", self.q_z2(z1))
+
+
+class WorseInCompany(Two):
+    """A network with another answer for many particles."""
+
+    def likelihood(self, z1):
+        logits = self.p_x.eta(z1)
+        return dist.Bernoulli(logits=logits - 50 if z1.dim() == 3 and len(z1) > 50 else logits).to_event(1)
+
+
 class NotFinite(Two):
     def guide(self, x):
         with data_plate(x):
@@ -286,6 +302,8 @@ FAULTS = {
     NarrowSupport: ("latents", "z2", r"what the model draws at 'z2' lie outside the support of the guide"),
     DoesNotBroadcast: ("broadcasting", "p_x", r"there is an error in p_x"),
     DataDependentLoop: ("compiling", None, r"the value of a tensor as a number, after site 'z1', at .*while logits"),
+    RescaledByTheBatch: ("independence", "z1", r"at site 'z1', by what is computed over the batch"),
+    WorseInCompany: ("bounds", None, r"the bound of 100 particles lies \d+ standard errors below the ELBO"),
     NotFinite: ("values", None, r"site 'z1' of the guide: its value is not finite"),
     ObservesNothing: ("plate", None, r"the model observes nothing"),
 }
@@ -324,6 +342,141 @@ def test_nothing_is_found_in_the_zoo(entry):
 
 def test_the_sound_program_of_these_tests_is_sound():
     assert check(Two(), data()).findings == []
+
+
+class Subsampled(Two):
+    """Three of the pixels stand for all."""
+
+    def model(self, x=None):
+        with data_plate(x):
+            z2 = pyro.sample("z2", self.p_z2())
+            z1 = pyro.sample("z1", self.p_z1(z2))
+            logits = self.p_x.eta(z1)
+            with pyro.plate("pixels", X, subsample=torch.arange(3), dim=-2) as index:
+                seen = None if x is None else x[:, index].T
+                pyro.sample("x", dist.Bernoulli(logits=logits[..., index].transpose(-1, -2)), obs=seen)
+
+
+class Masked(Two):
+    """Pixels that are missing, in two ways."""
+
+    def model(self, x=None):
+        with data_plate(x):
+            z2 = pyro.sample("z2", self.p_z2())
+            z1 = pyro.sample("z1", self.p_z1(z2))
+            there = torch.arange(X) > 1
+            logits = self.p_x.eta(z1)
+            return pyro.sample("x", dist.Bernoulli(logits=logits).mask(there).to_event(1), obs=x)
+
+
+class Dropout(Two):
+    def __init__(self):
+        super().__init__()
+        self.drop, self.lazy, self.steps = nn.Dropout(0.5), nn.LazyLinear(X), nn.Parameter(torch.arange(3), False)
+        self.register_buffer("count", torch.zeros(()), persistent=False)
+
+    def likelihood(self, z1):
+        self.count += 1
+        return dist.Bernoulli(logits=self.lazy(self.drop(self.p_x.eta(z1)))).to_event(1)
+
+
+class Experts(Two):
+    """A network for each number of black pixels."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(X, 6) for _ in range(X + 1))
+
+    def guide(self, x):
+        with data_plate(x):
+            each = torch.stack([expert(x + 1) for expert in self.experts], -1)
+            eta = (each * nn.functional.one_hot(x.sum(-1).long(), X + 1).unsqueeze(-2)).sum(-1)
+            z1 = pyro.sample("z1", self.q_z1.distribution(eta))
+            pyro.sample("z2", self.q_z2(z1))
+        self.__dict__.setdefault("q_z1_is_unused", self.q_z1.requires_grad_(False))
+
+
+class Nested(LatentModel):
+    """A latent whose support another one bounds, and a steep Beta for a likelihood."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.3))
+
+    def model(self, x=None):
+        with data_plate(x):
+            top = pyro.sample("top", dist.Uniform(1.0, 2.0))
+            z = pyro.sample("z", dist.Uniform(0.0, top))
+            return pyro.sample("x", dist.Beta(self.scale + 0.1 * z, self.scale), obs=x)
+
+    def guide(self, x):
+        with data_plate(x):
+            top = pyro.sample("top", dist.Uniform(1.0, 1.1 + 0.9 * x))
+            pyro.sample("z", dist.Uniform(0.0, top * (0.5 + 0.5 * x)))
+
+
+@pytest.mark.parametrize("make", [Subsampled, Masked, Dropout, Experts], ids=lambda make: make.__name__)
+def test_what_is_legitimate_is_let_pass(make):
+    program = make()
+    findings = check(program, torch.cat([data(200), torch.zeros(1, X), torch.ones(1, X)])).findings
+    others = {"compiling"} | ({"broadcasting"} if make is Subsampled else set())  # which these do not claim
+    assert [finding for finding in findings if finding.check not in others] == []
+    if make is Dropout:
+        assert program.count == 1, "the first run makes what is lazy; after it even what no file holds is put back"
+
+
+def test_supports_and_steep_densities_that_cannot_be_judged_are_not():
+    findings = check(Nested(), torch.rand(50)).findings
+    assert not {finding.check for finding in findings} & {"latents", "densities"}, findings
+
+
+def test_nothing_is_found_in_trained_programs():
+    torch.manual_seed(0)
+    apart = torch.cat([torch.randn(50, 2) - 5, torch.randn(50, 2) + 5])
+    mixture = GaussianMixture(2, 2).start_from(apart, seed=0)
+    mixture.em(apart, progress=False)
+    assert check(mixture, apart).findings == []
+    digits = load("digits", labels=True).train
+    assert check(GaussianMixture(64, 10, "diagonal").start_from(digits["x"], 0), digits.select("x")).findings == []
+    two = Two()
+    fit(two, data(100), epochs=5, lr=1e-2, progress=False)
+    assert check(two, data(100)).findings == []
+
+
+def test_double_precision_and_labels_that_are_shown():
+    entry = zoo.PROGRAMS["VAE PixelCNN"]
+    assert check(entry.make().double(), entry.data(8).double()).findings == []
+    m2 = zoo.LABELED["M2"]
+    assert check(m2.make(), {"x": m2.data(20), "y": torch.arange(20) % 3}).findings == []
+
+
+def test_noise_and_first_weights_are_left_as_they_were():
+    def guide(x):
+        weight = pyro.param("weight", lambda: torch.randn(X))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x @ weight, 1.0))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z.unsqueeze(-1).expand(*z.shape, X), 1.0).to_event(1), obs=x)
+
+    weights = []
+    for seed, first in ((1, True), (1, False), (2, True)):
+        torch.manual_seed(seed)
+        program = as_program(model, guide)
+        before = torch.get_rng_state()
+        if first:
+            check(program, data())
+            assert torch.equal(before, torch.get_rng_state())
+        fit(program, data(), epochs=1, lr=1e-9, progress=False)
+        weights.append(program.pyro_params["weight"].detach().clone())
+    assert torch.allclose(weights[0], weights[1])
+    assert not torch.allclose(weights[0], weights[2])
+    two, noise = Two(), torch.get_rng_state()
+    check(two, Data(torch.full((20, X), 0.5), dynamic=True))
+    check(two, DataLoader(TensorDataset(data()), batch_size=10, shuffle=True))
+    assert torch.equal(noise, torch.get_rng_state())
 
 
 def test_functions_are_checked():

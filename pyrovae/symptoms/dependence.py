@@ -1,6 +1,7 @@
 """What depends on what in a program: weights on data, latents on data, data on latents, the loss on parameters."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pyro.poutine as poutine
@@ -8,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from pyrovae.data import Batch, num_rows
-from pyrovae.program import LatentModel
+from pyrovae.labels import without
+from pyrovae.program import LatentModel, check_keys
 from pyrovae.survey import Survey
 from pyrovae.symptoms.finding import SEED, Finding, aside
 from pyrovae.traces import sample_sites, site_log_prob, traced
 
-JITTER = 0.05  # put on weights, lest a layer that begins at zero pass for one that no gradient reaches
+JITTER = 0.05  # in the place of zeros, lest a layer that begins there pass for one that no gradient reaches
 
 
 def independence(program: LatentModel, batch: Batch, survey: Survey) -> Iterator[Finding]:
@@ -22,9 +24,14 @@ def independence(program: LatentModel, batch: Batch, survey: Survey) -> Iterator
     other = next((i for i in range(1, n) if any(not torch.equal(v[i], v[0]) for v in batch.values())), None)
     if other is None or n < 3:
         return
-    changed = {key: torch.cat([value[other : other + 1], value[1:]]) for key, value in batch.items()}
+    another = {key: value[other : other + 1] for key, value in batch.items()}
+    changes = [  # the first datum, and what must not move by it; and all others
+        ({key: torch.cat([another[key], value[1:]]) for key, value in batch.items()}, slice(1, None)),
+        ({key: torch.cat([value[:1], *[another[key]] * (n - 1)]) for key, value in batch.items()}, slice(1)),
+    ]
     for training in (False, True):
-        site = _moved(program, batch, changed, survey, training)
+        sites = (_moved(program, batch, changed, kept, survey, training) for changed, kept in changes)
+        site = next((site for site in sites if site is not None), None)
         if site is None:
             continue
         norms = [
@@ -36,15 +43,17 @@ def independence(program: LatentModel, batch: Batch, survey: Survey) -> Iterator
         yield Finding(
             "independence",
             norms[0] if training and norms else site,
-            f"another first datum changes the log-probabilities of the others at site {site!r}, by {cause}: the loss "
-            "is then no sum over data, and no bound on each one's log p(x). Compute over the last dimension alone"
+            f"other data in the batch change a datum's log-probability at site {site!r}, by {cause}: the loss is then "
+            "no sum over data, and no bound on each one's log p(x). Compute over the last dimension alone"
             + (", as nn.LayerNorm does" if norms else ""),
         )
         return
 
 
-def _moved(program: LatentModel, batch: Batch, changed: Batch, survey: Survey, training: bool) -> str | None:
-    """The first site at which another first datum moves the others' log-probabilities, the latents being the same."""
+def _moved(
+    program: LatentModel, batch: Batch, changed: Batch, kept: slice, survey: Survey, training: bool
+) -> str | None:
+    """The first site at which other data move the log-probabilities of those that are kept, the latents being fixed."""
     with aside(program, training), torch.no_grad():
         latents, _ = traced(program, batch)
     found = []
@@ -54,7 +63,7 @@ def _moved(program: LatentModel, batch: Batch, changed: Batch, survey: Survey, t
             found.append([site_log_prob(program, site, 1, num_rows(rows), survey.nesting) for site in sites])
     before, after = found
     for site, one, another in zip(sites, before, after, strict=True):
-        if not torch.allclose(one[:, 1:], another[:, 1:], rtol=1e-5, atol=1e-6, equal_nan=True):
+        if not torch.allclose(one[:, kept], another[:, kept], rtol=1e-5, atol=1e-6, equal_nan=True):
             return site["name"]
     return None
 
@@ -84,22 +93,24 @@ def reads_data(program: LatentModel, batch: Batch, survey: Survey) -> Iterator[F
 
 
 def _jitter(program: nn.Module) -> None:
+    """Move what is exactly zero."""
     for parameter in program.parameters():
-        parameter.data.add_(JITTER * torch.randn_like(parameter))
+        if parameter.is_floating_point():
+            parameter.data.add_(JITTER * torch.randn_like(parameter) * (parameter == 0))
 
 
 def gradients(program: LatentModel, batch: Batch, survey: Survey) -> Iterator[Finding]:
     """Every parameter receives a gradient."""
     parameters: dict[str, Tensor] = {name: p for name, p in program.named_parameters() if p.requires_grad}
-    with aside(program), torch.enable_grad():
-        _jitter(program)
-        # no gradient flows through a weight whose input is zero, as black pixels are
-        moved = {
-            key: value + torch.rand_like(value) if value.is_floating_point() else value for key, value in batch.items()
-        }
-        trace = poutine.trace(program.guide).get_trace(**moved)
-        guide, model = (sample_sites(trace), sample_sites(traced(program, batch, latents=trace)[1]))
-        reached = _reached(guide, parameters) | _reached(model, parameters)
+    hidden = without(program.label, batch)  # a label that is shown is not drawn, and its network then of no use
+    reached: set[str] = set()
+    for rows in [batch, hidden] if hidden.keys() < batch.keys() and _takes(program, hidden) else [batch]:
+        with aside(program):  # no gradient flows through a weight whose input is zero, as black pixels are
+            moved = {key: v + torch.rand_like(v) if v.is_floating_point() else v for key, v in rows.items()}
+        for training in (False, True):
+            with suppress(Exception):  # a guide may take none but the data's own values
+                reached |= _reached(program, rows, moved, training, parameters)
+            reached |= _reached(program, rows, rows, training, parameters)
     for name in [name for name in parameters if name not in reached]:
         yield Finding(
             "gradients",
@@ -109,17 +120,34 @@ def gradients(program: LatentModel, batch: Batch, survey: Survey) -> Iterator[Fi
         )
 
 
+def _takes(program: LatentModel, batch: Batch) -> bool:
+    try:
+        check_keys(batch, program.model, program.guide)
+    except ValueError:
+        return False
+    return True
+
+
 def _log_probs(sites: dict[str, Any]) -> Tensor:
     return torch.stack([site["fn"].log_prob(site["value"]).sum() for site in sites.values()]).sum()
 
 
-def _reached(sites: dict[str, Any], parameters: dict[str, Tensor]) -> set[str]:
-    """Which parameters the log-probabilities of these sites have a gradient in."""
-    total = _log_probs(sites)
-    if not total.requires_grad or not parameters:
-        return set()
-    grads = torch.autograd.grad(total, list(parameters.values()), retain_graph=True, allow_unused=True)
-    return {name for name, grad in zip(parameters, grads, strict=True) if grad is not None and bool(grad.any())}
+def _reached(
+    program: LatentModel, batch: Batch, seen: Batch, training: bool, parameters: dict[str, Tensor]
+) -> set[str]:
+    """Which parameters log q, of a guide that sees these data, or log p of the batch has a gradient in."""
+    with aside(program, training), torch.enable_grad():
+        _jitter(program)
+        guide = poutine.trace(program.guide).get_trace(**seen)
+        _, model = traced(program, batch, latents=guide)
+        totals = [_log_probs(sample_sites(trace)) for trace in (guide, model)]
+        found: set[str] = set()
+        for total in totals:
+            if total.requires_grad and parameters:
+                grads = torch.autograd.grad(total, list(parameters.values()), retain_graph=True, allow_unused=True)
+                named = zip(parameters, grads, strict=True)
+                found |= {name for name, grad in named if grad is not None and bool(grad.any())}
+    return found
 
 
 def reads_latents(program: LatentModel, batch: Batch, survey: Survey) -> Iterator[Finding]:

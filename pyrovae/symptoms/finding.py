@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 
 import pyro
 import torch
@@ -20,11 +21,13 @@ class Finding:
         check: the name of the check that found it.
         site: the sample site, parameter or module that it is about; None where there is no one of them.
         message: what was found, why it matters and what to change.
+        failed: whether an error stood in the way of the check, which the message then shows.
     """
 
     check: str
     site: str | None
     message: str
+    failed: bool = False
 
     def __str__(self) -> str:
         return f"{self.check}: {self.message}"
@@ -33,7 +36,7 @@ class Finding:
 @contextmanager
 def aside(program: LatentModel, training: bool = False) -> Iterator[None]:
     """Run a program in its scope with noise of its own; weights, modes and torch's random state are put back."""
-    state = {name: value.detach().clone() for name, value in program.state_dict().items()}
+    before = {name: value.detach().clone() for name, value in _tensors(program)}
     with torch.random.fork_rng(), program.modes_kept(), program.scope(), pyro.validation_enabled(False):
         torch.manual_seed(SEED)
         program.train(training)
@@ -41,6 +44,10 @@ def aside(program: LatentModel, training: bool = False) -> Iterator[None]:
             yield
         finally:
             with torch.no_grad():
-                for name, value in program.state_dict().items():
-                    if name in state:
-                        value.copy_(state[name])
+                for name, value in _tensors(program):
+                    if name in before:
+                        value.copy_(before[name])
+
+
+def _tensors(program: LatentModel) -> Iterator[tuple[str, torch.Tensor]]:
+    return chain(program.named_parameters(), program.named_buffers())

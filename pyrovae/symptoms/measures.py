@@ -1,5 +1,6 @@
 """Whether what is measured of a program means anything: scales, densities, particles, graphs, bounds."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,12 +10,12 @@ from pyro.infer import TraceEnum_ELBO
 from torch import nn
 
 from pyrovae.compiled import Compiled, CompileError
-from pyrovae.data import Batch
+from pyrovae.data import Batch, num_rows
 from pyrovae.program import LatentModel
 from pyrovae.survey import Survey, draw
 from pyrovae.symptoms.finding import Finding, aside
 from pyrovae.symptoms.normalization import total_probability
-from pyrovae.traces import sample_sites, traced
+from pyrovae.traces import read, sample_sites, traced
 
 DRAWS = 100
 
@@ -23,10 +24,9 @@ def scales(program: LatentModel, batch: Batch, survey: Survey) -> Iterator[Findi
     """No weights inside the program."""
     with aside(program), torch.no_grad():
         sites = [site for trace in traced(program, batch) for site in sample_sites(trace).values()]
-    factors = {float(torch.as_tensor(site["scale"]).mean()) for site in sites}
+    factors = {_factor(site) for site in sites}
     for site in sites:
-        name = site["name"]
-        scale = float(torch.as_tensor(site["scale"]).mean())
+        name, scale = site["name"], _factor(site)
         if len(factors) > 1 and scale != 1:
             yield Finding(
                 "scales",
@@ -42,6 +42,12 @@ def scales(program: LatentModel, batch: Batch, survey: Survey) -> Iterator[Findi
                 f"{name!r} is a pyro.factor: whatever it adds to log p(x, z), nothing makes p a density, so that "
                 "log p(x) means nothing. Write it as a distribution, with obs=",
             )
+
+
+def _factor(site: Any) -> float:
+    """The scale of a site beside that of plates of which a part is drawn."""
+    parts = [frame.full_size / frame.size for frame in site["cond_indep_stack"] if frame.full_size]
+    return round(float(torch.as_tensor(site["scale"]).double().mean()) / math.prod(parts), 5)
 
 
 def densities(program: LatentModel, batch: Batch, survey: Survey) -> Iterator[Finding]:
@@ -100,7 +106,7 @@ def _what_does_not_broadcast(program: LatentModel, batch: Batch, survey: Survey)
     ]
     try:
         with aside(program), torch.no_grad():
-            traced(program, batch, 2, survey.nesting)
+            read(program, traced(program, batch, 2, survey.nesting), 2, num_rows(batch), survey.nesting + 1)
     except Exception as error:
         names = {id(module): name for name, module in program.named_modules()}
         inner = next((names[id(module)] for module in reversed(running) if names.get(id(module))), None)

@@ -11,7 +11,7 @@ from pyrovae.data import Batch, num_rows
 from pyrovae.program import LatentModel
 from pyrovae.survey import Survey, draw
 from pyrovae.symptoms.finding import Finding, aside
-from pyrovae.traces import plate_dims, sample_sites, site_log_prob, traced
+from pyrovae.traces import is_fixed, plate_dims, sample_sites, site_log_prob, traced
 
 DRAWS = 100
 
@@ -100,6 +100,8 @@ def _of_one_kind(name: str, guide: dict[str, Any], model: dict[str, Any]) -> Ite
             return  # its parameters are not, either
         values = drawn.sample(torch.Size((DRAWS,)))
         try:
+            if not is_fixed(scored.support):
+                continue  # it depends on another latent
             outside = ~scored.support.check(values)
         except NotImplementedError:
             continue
@@ -153,10 +155,8 @@ def _plates(program: LatentModel, rows: Batch) -> Iterator[Finding]:
 def values(program: LatentModel, batch: Batch) -> Iterator[Finding]:
     """Data within supports, parameters valid, log-weights finite."""
     try:
-        survey = Survey.of(program, batch)
         with aside(program), torch.no_grad():
-            drawn = draw(program, batch, 1, survey)
-            bad = drawn.first_bad()
+            bad = draw(program, batch, 1, Survey.of(program, batch)).first_bad()
     except (ValueError, FloatingPointError) as error:
         yield Finding("values", None, f"{error}. Neither an ELBO nor a weight can be formed of it")
         return
