@@ -282,13 +282,18 @@ def open_run(folder: Path, resume: bool) -> dict[str, Any] | None:
         if (folder / WEIGHTS).exists():
             raise FileNotFoundError(f"Expected {CHECKPOINT} in the run to resume; got {folder}, with weights alone")
         return None
+    check_new(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return None
+
+
+def check_new(folder: Path) -> None:
+    """Raises FileExistsError where the folder has anything but a configuration in it."""
     if folder.exists() and (not folder.is_dir() or any(path.name != CONFIG for path in folder.iterdir())):
         raise FileExistsError(
             f"Expected run_dir to be a new or empty folder; got {folder}, which is not. "
             "To go on with a run: resume=True"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    return None
 
 
 def write_checkpoint(folder: Path, content: dict[str, Any]) -> None:

@@ -91,8 +91,11 @@ def _train(command: Train) -> None:
     """`pyrovae train`."""
     check_options(command)
     splits = load_splits(command)
-    program, data = program_of(command, splits)
     folder = command.out or Path("runs") / f"{Path(command.data).stem}-{datetime.now():%Y%m%d-%H%M%S}"
+    if not command.resume:
+        checkpoint.check_new(folder)
+    lr, _ = rate_of(command), bound_of(command, len(splits.train))  # before a VAE is trained for its clusters
+    program, data = program_of(command, splits)
     checkpoint.open_run(folder, command.resume)
     if not command.resume:
         _record(command, splits, folder)
@@ -108,7 +111,7 @@ def _train(command: Train) -> None:
         **bound_of(command, len(data["train"])),
         epochs=command.epochs,
         batch_size=command.batch_size,
-        lr=rate_of(command),
+        lr=lr,
         patience=command.patience,
         grad_clip=command.grad_clip,
         seed=command.seed,
@@ -231,6 +234,8 @@ def _sample(command: Sample) -> None:
 
     if command.npy is not None and command.npy.suffix != ".npy":
         raise ValueError(f"Expected --npy to name a .npy file; got {command.npy}")
+    if command.n < 1:
+        raise ValueError(f"Expected --n to be positive; got {command.n}")
     program, stored, splits = _open(command.run)
     torch.manual_seed(command.seed)
     _draw(_samples(stored, program, splits, command.n), command.run / "samples.png")

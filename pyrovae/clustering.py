@@ -22,11 +22,12 @@ class Clustering:
     ari: float
 
 
-def check_classes(classes: Tensor) -> None:
-    """Raises ValueError for what is no tensor of integers `(N,)`."""
-    if not isinstance(classes, Tensor) or classes.dim() != 1 or classes.is_floating_point() or classes.is_complex():
+def check_classes(classes: Tensor, name: str = "classes") -> None:
+    """Raises ValueError for what is no tensor of integers `(N,)`, N > 0."""
+    sound = isinstance(classes, Tensor) and classes.dim() == 1 and len(classes) > 0
+    if not sound or classes.is_floating_point() or classes.is_complex():
         shape = f"{classes.dtype} of shape {tuple(classes.shape)}" if isinstance(classes, Tensor) else repr(classes)
-        raise ValueError(f"Expected classes to be a tensor of integers (N,); got {shape}")
+        raise ValueError(f"Expected {name} to be a tensor of integers (N,); got {shape}")
 
 
 def agreement(clusters: Tensor, classes: Tensor) -> Clustering:
@@ -37,7 +38,7 @@ def agreement(clusters: Tensor, classes: Tensor) -> Clustering:
         classes: integers `(N,)`.
 
     Raises:
-        ValueError: for classes that are no integers, or of another length.
+        ValueError: for clusters or classes that are no integers, none at all, or of unequal length.
 
     Source:
         Jiang et al. (2017), eq. 18, for the accuracy; Hubert and Arabie (1985) for the adjusted Rand index.
@@ -51,6 +52,7 @@ def agreement(clusters: Tensor, classes: Tensor) -> Clustering:
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
     check_classes(classes)
+    check_classes(clusters, "clusters")
     if len(classes) != len(clusters):
         raise ValueError(f"Expected classes of {len(clusters)} data; got {len(classes)}")
     found, true = clusters.cpu(), classes.cpu()

@@ -10,12 +10,14 @@ from torch.nn.functional import one_hot
 from tqdm import tqdm
 
 from pyrovae.conditionals import Conditional, DiagonalNormal, FullNormal, OneHotCategorical
+from pyrovae.data import as_batch, check_finite
 from pyrovae.nets import MLP, Constant, _check_sizes
 
 Covariance = Literal["diagonal", "full"]
 Parameters = tuple[Tensor, Tensor]  # logits (C,) and eta (C, E), float64
 FAMILIES: dict[str, type[Conditional]] = {"diagonal": DiagonalNormal, "full": FullNormal}
 ROWS = 8192  # data at once, whose distance from every cluster is taken
+GAIN, TRIES = 1e-4, 5  # what splitting and merging must add, nats per datum; how many such moves are tried at a time
 FLOOR = 1e-6  # added to every variance, lest a cluster fall upon one datum; scikit-learn's
 
 
@@ -54,12 +56,20 @@ def log_joint(p_c: Conditional, p_a: Conditional, a: Tensor) -> Tensor:
     return _log_joint(p_a, (logits, p_a.eta(torch.eye(len(logits)).to(logits))), a)
 
 
-def check_data(x: Tensor, dim: int, num_clusters: int) -> None:
-    """Raises ValueError for data that are not `(N, dim)`, or fewer than clusters."""
-    if x.dim() != 2 or x.shape[1] != dim:
-        raise ValueError(f"Expected x of shape (N, {dim}); got {tuple(x.shape)}")
+def vectors(x: Any, num_clusters: int, dim: int | None = None) -> Tensor:
+    """The data x `(N, dim)` of a tensor, a batch or a `Data`.
+
+    Raises:
+        ValueError: for data of another shape, NaN or infinity, or fewer data than clusters.
+    """
+    batch = as_batch(x, "x")
+    check_finite(batch, "x")
+    x = batch.get("x", torch.zeros(()))
+    if x.dim() != 2 or x.shape[1] != (dim or x.shape[1]):
+        raise ValueError(f"Expected x of shape (N, {dim or 'D'}); got {tuple(x.shape)}")
     if len(x) < num_clusters:
         raise ValueError(f"Expected x to have a datum for each of {num_clusters} clusters, or more; got {len(x)}")
+    return x
 
 
 @torch.no_grad()
@@ -106,17 +116,15 @@ def em(
 
 
 @torch.no_grad()
-def split_and_merge(p_c: Conditional, p_a: Conditional, a: Tensor, tolerance: float = 1e-4, tries: int = 5) -> float:
+def split_and_merge(p_c: Conditional, p_a: Conditional, a: Tensor) -> float:
     """EM that does not stay in a local optimum: two clusters are merged, another is split, as long as that helps.
 
-    In each round so many such moves are followed by EM as `tries` says, those first that promise most, until one is
-    found that makes the data likelier.
+    In each round a few such moves are followed by EM, those first that promise most, until one is found that makes the
+    data likelier.
 
     Args:
         p_c, p_a: of `proportions` and `gaussians`, at which it begins; they are changed.
         a: `(N, D)`.
-        tolerance: what EM and a move must add at least; nats per datum.
-        tries: moves in a round.
 
     Returns:
         The mean of log p(a), nats per datum.
@@ -126,13 +134,13 @@ def split_and_merge(p_c: Conditional, p_a: Conditional, a: Tensor, tolerance: fl
         one step of EM makes of them.
     """
     a = a.double()
-    parameters, history = _climb(p_a, _parameters(p_c, p_a), a, 300, tolerance, FLOOR)
+    parameters, history = _climb(p_a, _parameters(p_c, p_a), a, 300, GAIN, FLOOR)
     best, better = history[-1], True
     while better:
         better = False
-        for q in _moves(p_a, parameters, a, tries):
-            found, history = _climb(p_a, _maximized(type(p_a), a, q, FLOOR), a, 300, tolerance, FLOOR)
-            if history[-1] > best + tolerance:
+        for q in _moves(p_a, parameters, a, TRIES):
+            found, history = _climb(p_a, _maximized(type(p_a), a, q, FLOOR), a, 300, GAIN, FLOOR)
+            if history[-1] > best + GAIN:
                 parameters, best, better = found, history[-1], True
                 break
     _fill(p_c, p_a, parameters)
@@ -225,7 +233,8 @@ def _full(mean: Tensor, covariance: Tensor) -> Tensor:
     scale, failed = torch.linalg.cholesky_ex(covariance)
     if bool(failed):
         raise ValueError(
-            "Expected clusters whose covariance is positive definite; got one that is not. Give more data, or a floor"
+            "Expected clusters whose covariance is positive definite; got one that is not. "
+            "Give more data, fewer clusters, or data of a smaller scale"
         )
     row, column = torch.tril_indices(len(mean), len(mean), -1)
     return torch.cat([mean, scale.diagonal().log(), scale[row, column]])

@@ -125,7 +125,7 @@ class Sample:
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder."""
     n: int = 64
-    """How many."""
+    """How many; in the picture of clusters or classes there is a row for each, and as many columns."""
     seed: int = 0
     """Of the draws."""
     npy: Path | None = None

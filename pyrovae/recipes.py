@@ -45,6 +45,10 @@ OWN = {
     "likelihood": ("bernoulli", ("vae", "auxiliary", "m2", "mixture-vae", "hierarchical", "conditional")),
     "posterior": ("diagonal", ("vae", "auxiliary", "m2", "mixture-vae", "conditional")),
     "prior": ("standard", ("vae", "auxiliary", "m2")),
+    "bound": ("elbo", ("vae", "auxiliary", "hierarchical", "conditional", "linear-gaussian")),
+    "free_bits": (None, ("vae", "auxiliary", "hierarchical", "conditional", "linear-gaussian")),
+    "z_dim": (20, ("vae", "auxiliary", "m2", "conditional", "mixture-vae", "linear-gaussian")),
+    "hidden": ((200, 200), ("vae", "auxiliary", "m2", "mixture-vae", "hierarchical", "conditional")),
     "guide": ("bottom-up", ("hierarchical",)),
     "layers": ((20, 10), ("hierarchical",)),
     "clusters": (10, ("mixture", "mixture-vae")),
@@ -176,10 +180,12 @@ def _mixture_vae(command: Train, splits: data_sets.Splits, x: Tensor) -> LatentM
         vae.likelihood, vae.posterior, command.z_dim, command.clusters, command.covariance
     )
     if not command.resume:
-        settings = {"batch_size": command.batch_size, "lr": command.lr, "device": command.device}
+        names = "batch_size", "lr", "device", "grad_clip", "precision", "compile", "seed"
+        settings = {name: getattr(command, name) for name in names}
         print(f"a VAE first, for {command.pretrain} epochs")
-        fit(vae, of_part(command, splits, "train"), epochs=command.pretrain, seed=command.seed, **settings)
-        program.start_from(x, command.seed)
+        train = of_part(command, splits, "train")
+        fit(vae, train, epochs=command.pretrain, **settings)
+        program.start_from(train, command.seed)
     return program
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyrovae import reference
 from pyrovae.conditionals import Bernoulli, Conditional, DiagonalNormal
-from pyrovae.nets import Activation
+from pyrovae.nets import Activation, _check_sizes
 from pyrovae.program import LatentModel, data_plate
 
 
@@ -39,8 +39,7 @@ class ConditionalVAE(LatentModel):
 
     def __init__(self, prior: Conditional, likelihood: Conditional, posterior: Conditional, c_dim: int):
         super().__init__()
-        if not isinstance(c_dim, int) or isinstance(c_dim, bool) or c_dim < 1:
-            raise ValueError(f"Expected c_dim to be a positive whole number; got {c_dim!r}")
+        _check_sizes(c_dim=c_dim)
         self.prior, self.likelihood, self.posterior, self.c_dim = prior, likelihood, posterior, c_dim
 
     @classmethod
@@ -66,6 +65,7 @@ class ConditionalVAE(LatentModel):
             posterior: family of q(z | x, c).
             activation: after every hidden layer.
         """
+        _check_sizes(c_dim=c_dim)
         return cls(
             DiagonalNormal.mlp(c_dim, z_dim, hidden, activation),
             likelihood.mlp(z_dim + c_dim, x_dim, hidden[::-1], activation),

@@ -192,6 +192,11 @@ def _product(first: Tensor, second: Tensor) -> Tensor:
 
     sigma^2 = sigma_1^2 w,  mu = w mu_1 + (1 - w) mu_2,  w = sigma_2^2 / (sigma_1^2 + sigma_2^2)
     """
+    if first.shape[-1] != second.shape[-1]:
+        raise ValueError(
+            "Expected a posterior of a ladder to be as large as the prior that it is multiplied with; "
+            f"got {first.shape[-1] // 2} and {second.shape[-1] // 2}"
+        )
     (mu_1, log_sigma_1), (mu_2, log_sigma_2) = first.chunk(2, -1), second.chunk(2, -1)
     log_odds = 2 * (log_sigma_2 - log_sigma_1)
     return torch.cat(

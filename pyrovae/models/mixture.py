@@ -1,6 +1,6 @@
 """The Gaussian mixture: a latent cluster, and all of it known exactly."""
 
-from typing import Self
+from typing import Any, Self
 
 import pyro
 import torch
@@ -9,7 +9,8 @@ from torch import Tensor
 from pyrovae import reference
 from pyrovae.conditionals import OneHotCategorical, one_hot
 from pyrovae.conditionals.conditional import Distribution
-from pyrovae.em import Covariance, check_data, em, gaussians, log_joint, proportions, split_and_merge, start
+from pyrovae.em import Covariance, em, gaussians, log_joint, proportions, split_and_merge, start, vectors
+from pyrovae.nets import _check_sizes
 from pyrovae.program import LatentModel, data_plate
 
 
@@ -47,6 +48,7 @@ class GaussianMixture(LatentModel):
 
     def __init__(self, x_dim: int, num_clusters: int, covariance: Covariance = "full"):
         super().__init__()
+        _check_sizes(x_dim=x_dim, num_clusters=num_clusters)
         self.x_dim, self.num_clusters, self.covariance = x_dim, num_clusters, covariance
         self.label_prior = proportions(num_clusters)
         self.likelihood = gaussians(x_dim, num_clusters, covariance)
@@ -72,23 +74,22 @@ class GaussianMixture(LatentModel):
         joint = log_joint(self.label_prior, self.likelihood, x)
         return joint.logsumexp(-1) if c is None else joint.gather(-1, c.unsqueeze(-1)).squeeze(-1)
 
-    def start_from(self, x: Tensor, seed: int) -> Self:
+    def start_from(self, x: Any, seed: int) -> Self:
         """Place the clusters by k-means, begun by k-means++: each is the Gaussian of the data nearest to its mean.
 
         Args:
-            x: `(N, X)`, at least as many as clusters.
+            x: data `(N, X)`, at least as many as clusters: a tensor, a batch or a `Data`.
             seed: of k-means++.
 
         Raises:
-            ValueError: for fewer data than clusters, or data of another size.
+            ValueError: for fewer data than clusters, data of another size, or clusters whose covariance is singular.
         """
-        check_data(x, self.x_dim, self.num_clusters)
-        start(self.label_prior, self.likelihood, x.to(self.label_prior.eta().device), seed)
+        start(self.label_prior, self.likelihood, self._vectors(x), seed)
         return self
 
     def em(
         self,
-        x: Tensor,
+        x: Any,
         *,
         iterations: int = 1000,
         tolerance: float = 1e-6,
@@ -98,7 +99,7 @@ class GaussianMixture(LatentModel):
         """Expectation-maximization from where the program stands, until an iteration adds less than the tolerance.
 
         Args:
-            x: `(N, X)`, at least as many as clusters.
+            x: data `(N, X)`, at least as many as clusters: a tensor, a batch or a `Data`.
             iterations: at most so many.
             tolerance: nats per datum.
             floor: is added to each variance, lest a cluster fall upon one datum, where log p(x) has no bound; with
@@ -112,27 +113,27 @@ class GaussianMixture(LatentModel):
             ValueError: for fewer data than clusters, data of another size, or a covariance that is not positive
                 definite.
         """
-        check_data(x, self.x_dim, self.num_clusters)
-        x = x.to(self.label_prior.eta().device)
-        return em(self.label_prior, self.likelihood, x, iterations, tolerance, floor, progress)
+        return em(self.label_prior, self.likelihood, self._vectors(x), iterations, tolerance, floor, progress)
 
-    def split_and_merge(self, x: Tensor) -> float:
+    def split_and_merge(self, x: Any) -> float:
         """EM that leaves many local optima: it merges two clusters and splits another while that makes x likelier.
 
         Args:
-            x: `(N, X)`, at least as many as clusters.
+            x: data `(N, X)`, at least as many as clusters: a tensor, a batch or a `Data`.
 
         Returns:
             The mean of log p(x), nats per datum.
 
         Raises:
-            ValueError: for fewer data than clusters, or data of another size.
+            ValueError: for fewer data than clusters, data of another size, or clusters whose covariance is singular.
 
         Source:
             Ueda, Nakano, Ghahramani and Hinton (2000).
         """
-        check_data(x, self.x_dim, self.num_clusters)
-        return split_and_merge(self.label_prior, self.likelihood, x.to(self.label_prior.eta().device))
+        return split_and_merge(self.label_prior, self.likelihood, self._vectors(x))
+
+    def _vectors(self, x: Any) -> Tensor:
+        return vectors(x, self.num_clusters, self.x_dim).to(self.label_prior.eta().device)
 
     def reference_elbo(self, x: Tensor, c: Tensor) -> Tensor:
         """The hand-written ELBO `(*, N)` at a cluster c drawn by the guide, one-hot: log p(x), whatever c is.

@@ -1,7 +1,7 @@
 """The variational autoencoder whose latents form clusters."""
 
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import pyro
 import torch
@@ -10,8 +10,8 @@ from torch import Tensor
 from pyrovae import reference
 from pyrovae.conditionals import Bernoulli, Conditional, DiagonalNormal, OneHotCategorical, one_hot
 from pyrovae.conditionals.conditional import Distribution
-from pyrovae.em import Covariance, check_data, gaussians, log_joint, proportions, split_and_merge, start
-from pyrovae.nets import Activation
+from pyrovae.em import Covariance, gaussians, log_joint, proportions, split_and_merge, start, vectors
+from pyrovae.nets import Activation, _check_sizes
 from pyrovae.program import LatentModel, data_plate
 from pyrovae.traces import check_whole
 
@@ -58,6 +58,7 @@ class GaussianMixtureVAE(LatentModel):
         covariance: Covariance = "diagonal",
     ):
         super().__init__()
+        _check_sizes(z_dim=z_dim, num_clusters=num_clusters)
         self.z_dim, self.num_clusters, self.covariance = z_dim, num_clusters, covariance
         self.label_prior = proportions(num_clusters)
         self.prior = gaussians(z_dim, num_clusters, covariance)
@@ -114,22 +115,23 @@ class GaussianMixtureVAE(LatentModel):
         """p(c | z) for z `(*, D)`: a one-hot vector with batch shape `*`."""
         return OneHotCategorical(None).distribution(log_joint(self.label_prior, self.prior, z))
 
-    def start_from(self, x: Tensor, seed: int, restarts: int = 3) -> Self:
+    def start_from(self, x: Any, seed: int, restarts: int = 3) -> Self:
         """Place the clusters by k-means and EM on draws z ~ q(z | x), one for each datum.
 
         Local optima of EM are left by splitting and merging clusters (Ueda et al. 2000); of the restarts the likeliest
         is kept. The networks stay as they are: train them before.
 
         Args:
-            x: `(N, X)`, at least as many as clusters.
+            x: data `(N, X)`, at least as many as clusters: a tensor, a batch or a `Data`.
             seed: of the draws, and of the first k-means; the others have the seeds that follow.
             restarts: how many times all that is done.
 
         Raises:
-            ValueError: for fewer data than clusters, or restarts below 1.
+            ValueError: for fewer data than clusters, restarts below 1, or clusters whose covariance is singular.
         """
         check_whole(restarts=restarts)
-        check_data(x, x.shape[-1], self.num_clusters)
+        x = vectors(x, self.num_clusters)
+        self.to(next(self.posterior.parameters()).device)  # a posterior that was trained before may be on another
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             z = torch.cat([self.encode(part, "z", sample=True) for part in x.split(AT_ONCE)])

@@ -73,29 +73,39 @@ def reads_data(program: LatentModel, batch: Batch, survey: Survey) -> Iterator[F
     others = {key: value.roll(1, 0) for key, value in batch.items()}
     if all(torch.equal(value, others[key]) for key, value in batch.items()):
         return
+    same = [_drawn_alike(program, batch, others, jitter) for jitter in (False, True)]
+    for name in [name for name in same[0] if name in same[1]]:
+        yield Finding(
+            "guide",
+            name,
+            f"the guide draws {name!r} in the same way whatever the data: q is no posterior then, and learns no more "
+            "than the prior. Let its parameters be a function of the data",
+        )
+
+
+def _drawn_alike(program: LatentModel, batch: Batch, others: Batch, jitter: bool) -> list[str]:
+    """The latents whose draws and log-probabilities other data do not move at all; none where jitter is an error."""
     seen = []
     for rows in (batch, others):
-        with aside(program), torch.no_grad():
-            _jitter(program)
+        with suppress(*[Exception] * jitter), aside(program), torch.no_grad():
+            _jitter(program, jitter)
             torch.manual_seed(SEED)
             seen.append(sample_sites(poutine.trace(program.guide).get_trace(**rows)))
-    first, second = seen
-    for name, site in first.items():
-        again = second[name]
-        same = torch.equal(site["value"], again["value"])
-        if same and torch.equal(site["fn"].log_prob(site["value"]), again["fn"].log_prob(again["value"])):
-            yield Finding(
-                "guide",
-                name,
-                f"the guide draws {name!r} in the same way whatever the data: q is no posterior then, and learns no "
-                "more than the prior. Let its parameters be a function of the data",
-            )
+    if len(seen) < 2:
+        return []
+    pairs = {name: (site, seen[1][name]) for name, site in seen[0].items()}
+    return [
+        name
+        for name, (one, two) in pairs.items()
+        if torch.equal(one["value"], two["value"])
+        and torch.equal(one["fn"].log_prob(one["value"]), two["fn"].log_prob(two["value"]))
+    ]
 
 
-def _jitter(program: nn.Module) -> None:
+def _jitter(program: nn.Module, jitter: bool = True) -> None:
     """Move what is exactly zero."""
     for parameter in program.parameters():
-        if parameter.is_floating_point():
+        if jitter and parameter.is_floating_point():
             parameter.data.add_(JITTER * torch.randn_like(parameter) * (parameter == 0))
 
 
@@ -108,9 +118,9 @@ def gradients(program: LatentModel, batch: Batch, survey: Survey) -> Iterator[Fi
         with aside(program):  # no gradient flows through a weight whose input is zero, as black pixels are
             moved = {key: v + torch.rand_like(v) if v.is_floating_point() else v for key, v in rows.items()}
         for training in (False, True):
-            with suppress(Exception):  # a guide may take none but the data's own values
-                reached |= _reached(program, rows, moved, training, parameters)
             reached |= _reached(program, rows, rows, training, parameters)
+            with suppress(Exception):  # a guide may take none but the data's own values, or weights that are zero
+                reached |= _reached(program, rows, moved, training, parameters, jitter=True)
     for name in [name for name in parameters if name not in reached]:
         yield Finding(
             "gradients",
@@ -133,11 +143,16 @@ def _log_probs(sites: dict[str, Any]) -> Tensor:
 
 
 def _reached(
-    program: LatentModel, batch: Batch, seen: Batch, training: bool, parameters: dict[str, Tensor]
+    program: LatentModel,
+    batch: Batch,
+    seen: Batch,
+    training: bool,
+    parameters: dict[str, Tensor],
+    jitter: bool = False,
 ) -> set[str]:
     """Which parameters log q, of a guide that sees these data, or log p of the batch has a gradient in."""
     with aside(program, training), torch.enable_grad():
-        _jitter(program)
+        _jitter(program, jitter)
         guide = poutine.trace(program.guide).get_trace(**seen)
         _, model = traced(program, batch, latents=guide)
         totals = [_log_probs(sample_sites(trace)) for trace in (guide, model)]
@@ -152,8 +167,20 @@ def _reached(
 
 def reads_latents(program: LatentModel, batch: Batch, survey: Survey) -> Iterator[Finding]:
     """The density of the data depends on a latent."""
+    name = _unread(program, batch, jitter=False) and _unread(program, batch, jitter=True)
+    if name:
+        yield Finding(
+            "likelihood",
+            name,
+            f"the density of {name!r} does not depend on any latent, so that these are of no use. Is a latent "
+            "detached, or its network not called with it?",
+        )
+
+
+def _unread(program: LatentModel, batch: Batch, jitter: bool) -> str:
+    """The observed sites, where their log-probabilities have no gradient in any latent; else nothing."""
     with aside(program), torch.enable_grad():
-        _jitter(program)
+        _jitter(program, jitter)
         guide = sample_sites(poutine.trace(program.guide).get_trace(**batch))
         drawn = {name: site["value"].detach() for name, site in guide.items()}
         leaves = [value.requires_grad_() for value in drawn.values() if value.is_floating_point()]
@@ -161,11 +188,5 @@ def reads_latents(program: LatentModel, batch: Batch, survey: Survey) -> Iterato
         observed = {name: site for name, site in model.items() if site["is_observed"] and name not in drawn}
         total = _log_probs(observed)
         grads = torch.autograd.grad(total, leaves, allow_unused=True) if total.requires_grad and leaves else []
-    if leaves and not any(grad is not None and bool(grad.any()) for grad in grads):
-        name = ", ".join(observed)
-        yield Finding(
-            "likelihood",
-            name,
-            f"the density of {name!r} does not depend on any latent, so that these are of no use. Is a latent "
-            "detached, or its network not called with it?",
-        )
+        moved = any(grad is not None and bool(grad.any()) for grad in grads)
+    return ", ".join(observed) if leaves and not moved else ""
