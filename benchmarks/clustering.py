@@ -5,8 +5,8 @@
 A VAE is trained; ten clusters are placed by k-means and EM, with splits and merges, on draws from its posterior; and a
 GaussianMixtureVAE goes on from there, end to end. Labels are used neither in training nor in choosing anything: there
 is no model selection, and the test images' classes are looked at once the clusters are there, in the line `start`, and
-at the end. Images are binarized, those for training anew each time; clusters are those of the grey test images. Each
-line is printed, and added to --out, as soon as it is known.
+at the end. Images are binarized, those for training anew each time; clusters are placed on, and found in, grey images.
+Each line is printed, and added to --out, as soon as it is known.
 
 Images are deskewed first. As they are (--no-deskew), the likeliest mixture parts the ones by their slant, and two other
 digits share a cluster.
@@ -51,13 +51,13 @@ class Options:
     """Of the clusters."""
     kl_weight: float = 0.05
     """Of the VAE's KL term, before there are clusters."""
-    vae_epochs: int = 30
+    vae_epochs: int = 15
     """Passes in training the VAE."""
     vae_lr: float = 2e-3
     """Learning rate of Adam, falling to a tenth, of the VAE."""
     restarts: int = 3
     """Of k-means and EM, of which the likeliest is kept."""
-    epochs: int = 40
+    epochs: int = 15
     """Passes in training the mixture VAE."""
     lr: float = 1e-3
     """Learning rate of Adam, falling to a tenth, of the mixture VAE."""

@@ -213,9 +213,7 @@ def done(path: Path | None) -> set[tuple[str, ...]]:
     if path is None or not path.exists():
         return set()
     with path.open(newline="") as file:
-        return {
-            tuple(row[key] for key in ("data", "row", "layers", "guide", "k", "seed")) for row in csv.DictReader(file)
-        }
+        return {tuple(row[name] for name in KEY) for row in csv.DictReader(file)}
 
 
 def networks(options: Options) -> list[Network]:
