@@ -136,11 +136,11 @@ class Run:
         if first is None:
             raise ValueError("Expected train to hold at least one datum; got an empty DataLoader")
         survey = Survey.of(self.program, first, "train")
-        warn_of_findings(self.program, first, survey)
         for name, data in (("train", self.train), ("val", self.val)):
             if isinstance(data, Data) and data.fixed:
                 check_keys(data.tensors, self.program.model, self.program.guide)
                 survey.check_support(data.tensors, name)
+        warn_of_findings(self.program, first, survey)
         return survey
 
     def _stream(

@@ -168,15 +168,16 @@ def test_dynamic_binarization_is_new_each_epoch_and_repeats_with_the_seed():
                 seen.append(x.clone())
             super().guide(x)
 
-    grey = Data(torch.rand(20, 6), dynamic=True)
+    grey, epochs = Data(torch.rand(20, 6), dynamic=True), []
     for _ in range(2):
         torch.manual_seed(0)
         quiet(Noting.mlp(6, 2), grey, epochs=2, batch_size=20, seed=7)
-    first, second, first_again, second_again = seen
+        epochs += seen[-2:]  # before them the program was looked at
+    first, second, first_again, second_again = epochs
     assert not torch.equal(first.sort(0).values, second.sort(0).values)
     assert torch.equal(first, first_again)
     assert torch.equal(second, second_again)
-    assert torch.cat(seen).unique().tolist() == [0, 1]
+    assert torch.cat(epochs).unique().tolist() == [0, 1]
 
 
 def test_training_leaves_the_random_state_as_plain_loops_do():
@@ -500,7 +501,7 @@ def test_bfloat16_is_for_networks_alone(posterior):
         lambda module, x, y: inner.append(y.dtype) if program.training else None
     )
     history = quiet(program, correlated(100), epochs=5, batch_size=10, seed=0, precision="bf16-mixed")
-    assert set(inner) == {torch.bfloat16}
+    assert set(inner[-50:]) == {torch.bfloat16}, "in all steps, after a look at the program"
     assert dtypes == {torch.float32}
     assert {p.dtype for p in program.parameters()} == {torch.float32}
     assert history[-1]["elbo"] > history[0]["elbo"] + 0.5
