@@ -184,9 +184,8 @@ def measure(data_name: str, row: Row, network: Network, k: int, options: Options
     start = time.monotonic()
     program, history, _ = train(row, network, k, data, epochs, options)
     minutes = (time.monotonic() - start) / 60
-    result = pv.evaluate(
-        program, data.test.rows(slice(0, None, max(1, len(data.test) // options.num_test))), options.num_particles, seed=options.seed, compile=True
-    )
+    test = data.test.rows(slice(0, None, max(1, len(data.test) // options.num_test)))
+    result = pv.evaluate(program, test, options.num_particles, seed=options.seed, compile=True)
     best = max(history, key=lambda each: each["val_elbo"])
     return {
         "data": data_name,
