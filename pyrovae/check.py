@@ -1,6 +1,5 @@
 """`check`: what is wrong with a program, told before hours of training on it."""
 
-import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -14,7 +13,7 @@ from pyrovae.data import Batch, as_data, num_rows, stream
 from pyrovae.program import LatentModel, check_keys
 from pyrovae.survey import Survey
 from pyrovae.symptoms.dependence import gradients, independence, reads_data, reads_latents
-from pyrovae.symptoms.finding import Finding, aside
+from pyrovae.symptoms.finding import Finding, aside, own_error
 from pyrovae.symptoms.measures import bounds, broadcasting, compiling, densities, scales
 from pyrovae.symptoms.structure import latents, plates, runs, values
 from pyrovae.traces import check_arguments, traced
@@ -121,8 +120,7 @@ def _looked_at(name: str, symptom: Callable[..., Iterator[Finding]], *args: Any)
             warnings.simplefilter("ignore")
             return list(symptom(*args))
     except Exception as error:
-        whole = "".join(traceback.format_exception(error)).rstrip()
-        return [Finding(name, None, f"the program fails while this is looked at. Its own error:\n{whole}", failed=True)]
+        return [Finding(name, None, f"the program fails while this is looked at. {own_error(error)}", failed=True)]
 
 
 def warn_of_findings(program: LatentModel, batch: Batch, survey: Survey) -> None:

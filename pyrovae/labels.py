@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pyro.poutine as poutine
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
@@ -79,6 +80,15 @@ class Shared(Messenger):
             dim = msg["value"].dim() + plate.dim - msg["fn"].event_dim
             values = msg["value"].unflatten(dim, self.sizes)
             msg["value"] = values.narrow(dim + 1, 0, 1).expand_as(values).flatten(dim, dim + 2)
+
+
+def enumerated(guide: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """The guide, for an ELBO that sums over all classes of the label of this name."""
+
+    def in_parallel(site: Any) -> Any:
+        return {"enumerate": "parallel"} if site["name"] == name else {}
+
+    return poutine.infer_config(guide, in_parallel)
 
 
 class _Until(Messenger):

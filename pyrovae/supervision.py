@@ -6,14 +6,13 @@ from copy import copy
 from typing import Any, Literal
 
 import pyro
-import pyro.poutine as poutine
 import torch
 from pyro.infer import ELBO, TraceEnum_ELBO
 from torch import Tensor
 
 from pyrovae.bounds import TracedELBO
 from pyrovae.data import Batch, Data, num_rows
-from pyrovae.labels import Fixed, Label, site_of, without
+from pyrovae.labels import Fixed, Label, enumerated, site_of, without
 from pyrovae.program import LatentModel
 from pyrovae.survey import Survey
 
@@ -49,10 +48,7 @@ class EnumeratedELBO(ELBO):
 
     def differentiable_loss(self, model: Callable[..., Any], guide: Callable[..., Any], **batch: Tensor) -> Any:
         """The loss `()` of a minibatch, to be differentiated."""
-        return self.elbo.differentiable_loss(model, poutine.infer_config(guide, self._enumerated), **batch)
-
-    def _enumerated(self, site: Any) -> Any:
-        return {"enumerate": "parallel"} if site["name"] == self.label.name else {}
+        return self.elbo.differentiable_loss(model, enumerated(guide, self.label.name), **batch)
 
     def _get_trace(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError("TraceEnum_ELBO draws traces of its own")

@@ -30,8 +30,7 @@ def independence(program: LatentModel, batch: Batch, survey: Survey) -> Iterator
         ({key: torch.cat([value[:1], *[another[key]] * (n - 1)]) for key, value in batch.items()}, slice(1)),
     ]
     for training in (False, True):
-        sites = (_moved(program, batch, changed, kept, survey, training) for changed, kept in changes)
-        site = next((site for site in sites if site is not None), None)
+        site = _moved(program, batch, changes, survey, training)
         if site is None:
             continue
         norms = [
@@ -51,20 +50,22 @@ def independence(program: LatentModel, batch: Batch, survey: Survey) -> Iterator
 
 
 def _moved(
-    program: LatentModel, batch: Batch, changed: Batch, kept: slice, survey: Survey, training: bool
+    program: LatentModel, batch: Batch, changes: list[tuple[Batch, slice]], survey: Survey, training: bool
 ) -> str | None:
     """The first site at which other data move the log-probabilities of those that are kept, the latents being fixed."""
     with aside(program, training), torch.no_grad():
         latents, _ = traced(program, batch)
-    found = []
-    for rows in (batch, changed):
+
+    def log_probs(rows: Batch) -> list[tuple[str, Tensor]]:
         with aside(program, training), torch.no_grad():
             sites = [site for trace in traced(program, rows, latents=latents) for site in sample_sites(trace).values()]
-            found.append([site_log_prob(program, site, 1, num_rows(rows), survey.nesting) for site in sites])
-    before, after = found
-    for site, one, another in zip(sites, before, after, strict=True):
-        if not torch.allclose(one[:, kept], another[:, kept], rtol=1e-5, atol=1e-6, equal_nan=True):
-            return site["name"]
+            return [(s["name"], site_log_prob(program, s, 1, num_rows(rows), survey.nesting)) for s in sites]
+
+    before = log_probs(batch)
+    for changed, kept in changes:
+        for (name, one), (_, another) in zip(before, log_probs(changed), strict=True):
+            if not torch.allclose(one[:, kept], another[:, kept], rtol=1e-5, atol=1e-6, equal_nan=True):
+                return name
     return None
 
 
@@ -73,8 +74,11 @@ def reads_data(program: LatentModel, batch: Batch, survey: Survey) -> Iterator[F
     others = {key: value.roll(1, 0) for key, value in batch.items()}
     if all(torch.equal(value, others[key]) for key, value in batch.items()):
         return
-    same = [_drawn_alike(program, batch, others, jitter) for jitter in (False, True)]
-    for name in [name for name in same[0] if name in same[1]]:
+    same = _drawn_alike(program, batch, others, jitter=False)
+    moved = set(same)
+    with suppress(Exception):  # weights may have to be zero
+        moved -= set(_drawn_alike(program, batch, others, jitter=True) if same else ())
+    for name in [name for name in same if name not in moved]:
         yield Finding(
             "guide",
             name,
@@ -84,15 +88,13 @@ def reads_data(program: LatentModel, batch: Batch, survey: Survey) -> Iterator[F
 
 
 def _drawn_alike(program: LatentModel, batch: Batch, others: Batch, jitter: bool) -> list[str]:
-    """The latents whose draws and log-probabilities other data do not move at all; none where jitter is an error."""
+    """The latents whose draws and log-probabilities other data do not move at all."""
     seen = []
     for rows in (batch, others):
-        with suppress(*[Exception] * jitter), aside(program), torch.no_grad():
+        with aside(program), torch.no_grad():
             _jitter(program, jitter)
             torch.manual_seed(SEED)
             seen.append(sample_sites(poutine.trace(program.guide).get_trace(**rows)))
-    if len(seen) < 2:
-        return []
     pairs = {name: (site, seen[1][name]) for name, site in seen[0].items()}
     return [
         name
@@ -119,8 +121,9 @@ def gradients(program: LatentModel, batch: Batch, survey: Survey) -> Iterator[Fi
             moved = {key: v + torch.rand_like(v) if v.is_floating_point() else v for key, v in rows.items()}
         for training in (False, True):
             reached |= _reached(program, rows, rows, training, parameters)
-            with suppress(Exception):  # a guide may take none but the data's own values, or weights that are zero
-                reached |= _reached(program, rows, moved, training, parameters, jitter=True)
+            if len(reached) < len(parameters):
+                with suppress(Exception):  # a guide may take none but the data's own values, or weights that are zero
+                    reached |= _reached(program, rows, moved, training, parameters, jitter=True)
     for name in [name for name in parameters if name not in reached]:
         yield Finding(
             "gradients",

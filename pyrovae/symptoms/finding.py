@@ -1,5 +1,6 @@
 """A finding, and how a program is run aside."""
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,11 @@ class Finding:
 
     def __str__(self) -> str:
         return f"{self.check}: {self.message}"
+
+
+def own_error(error: Exception) -> str:
+    """A program's error, whole, for a finding's message."""
+    return "Its own error:\n" + "".join(traceback.format_exception(error)).rstrip()
 
 
 @contextmanager

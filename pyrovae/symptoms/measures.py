@@ -4,13 +4,13 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import pyro.poutine as poutine
 import torch
 from pyro.infer import TraceEnum_ELBO
 from torch import nn
 
 from pyrovae.compiled import Compiled, CompileError
 from pyrovae.data import Batch, num_rows
+from pyrovae.labels import enumerated
 from pyrovae.program import LatentModel
 from pyrovae.survey import Survey, draw
 from pyrovae.symptoms.finding import Finding, aside
@@ -79,11 +79,7 @@ def broadcasting(program: LatentModel, batch: Batch, survey: Survey) -> Iterator
         return
     if survey.label is not None:
         name = survey.label.name
-
-        def enumerated(site: Any) -> Any:
-            return {"enumerate": "parallel"} if site["name"] == name else {}
-
-        guide = poutine.infer_config(program.guide, enumerated)
+        guide = enumerated(program.guide, name)
         try:
             with aside(program):
                 TraceEnum_ELBO(max_plate_nesting=survey.nesting).differentiable_loss(program.model, guide, **batch)

@@ -1,6 +1,5 @@
 """Whether a program is one: that it runs, its latents, its plate, its values."""
 
-import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,20 +9,15 @@ import torch
 from pyrovae.data import Batch, num_rows
 from pyrovae.program import LatentModel
 from pyrovae.survey import Survey, draw
-from pyrovae.symptoms.finding import Finding, aside
+from pyrovae.symptoms.finding import Finding, aside, own_error
 from pyrovae.traces import is_fixed, plate_dims, sample_sites, site_log_prob, traced
 
 DRAWS = 100
 
 
-def _first(batch: Batch, n: int) -> Batch:
-    return {key: value[:n] for key, value in batch.items()}
-
-
 def _lengths(batch: Batch) -> list[Batch]:
     """The batch and one datum less of it, lest a dimension of the data pass for the plate."""
-    n = num_rows(batch)
-    return [batch, _first(batch, n - 1)] if n > 1 else [batch]
+    return [batch, {key: value[:-1] for key, value in batch.items()}] if num_rows(batch) > 1 else [batch]
 
 
 def runs(program: LatentModel, batch: Batch) -> Iterator[Finding]:
@@ -51,8 +45,7 @@ def _failure(error: Exception, what: str) -> Finding:
             "taken for many data. Let its distribution end in .to_event(1), and the plate be as long as the batch, "
             "as data_plate(x) is",
         )
-    whole = "".join(traceback.format_exception(error)).rstrip()
-    return Finding("runs", None, f"{what} fails, so that nothing else can be looked at. Its own error:\n{whole}")
+    return Finding("runs", None, f"{what} fails, so that nothing else can be looked at. {own_error(error)}")
 
 
 def latents(program: LatentModel, batch: Batch) -> Iterator[Finding]:
