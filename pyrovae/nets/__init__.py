@@ -1,0 +1,12 @@
+"""Networks, tensor to tensor: what stands inside a Conditional. No probability here."""
+
+from pyrovae.nets.convolutional import ConvDecoder as ConvDecoder
+from pyrovae.nets.convolutional import ConvEncoder as ConvEncoder
+from pyrovae.nets.mlp import ACTIVATIONS as ACTIVATIONS
+from pyrovae.nets.mlp import MLP as MLP
+from pyrovae.nets.mlp import Activation as Activation
+from pyrovae.nets.mlp import Constant as Constant
+from pyrovae.nets.mlp import MaskedMLP as MaskedMLP
+from pyrovae.nets.mlp import _activation as _activation
+from pyrovae.nets.mlp import _check_sizes as _check_sizes
+from pyrovae.nets.mlp import _glorot as _glorot
