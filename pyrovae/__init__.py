@@ -27,10 +27,13 @@ from pyrovae.functions import as_program as as_program
 from pyrovae.models import VAE as VAE
 from pyrovae.models import AuxiliaryVAE as AuxiliaryVAE
 from pyrovae.models import ConditionalVAE as ConditionalVAE
+from pyrovae.models import DeepMarkovModel as DeepMarkovModel
 from pyrovae.models import GaussianMixture as GaussianMixture
 from pyrovae.models import GaussianMixtureVAE as GaussianMixtureVAE
+from pyrovae.models import HiddenMarkovModel as HiddenMarkovModel
 from pyrovae.models import HierarchicalVAE as HierarchicalVAE
 from pyrovae.models import LinearGaussian as LinearGaussian
+from pyrovae.models import LinearGaussianStateSpace as LinearGaussianStateSpace
 from pyrovae.models import SemiSupervisedVAE as SemiSupervisedVAE
 from pyrovae.nets import MLP as MLP
 from pyrovae.nets import Constant as Constant
@@ -47,4 +50,5 @@ from pyrovae.program import data_plate as data_plate
 from pyrovae.quadrants import quadrant as quadrant
 from pyrovae.schedules import Cyclical as Cyclical
 from pyrovae.schedules import Linear as Linear
+from pyrovae.sequences import pad as pad
 from pyrovae.survey import log_weights as log_weights

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pyrovae import sources
+from pyrovae.sequences import ended
 
 Batch = dict[str, Tensor]
 Binarize = Literal["none", "dynamic", "static", "threshold"]
@@ -20,8 +21,11 @@ Binarize = Literal["none", "dynamic", "static", "threshold"]
 def as_batch(batch: Any, name: str = "batch") -> Batch:
     """A dict of tensors from a dict, a tensor (`{"x": tensor}`), a pair (`{"x": x, "y": y}`) or a whole `Data`.
 
+    Of sequences x `(N, T, D)` that come with their lengths `(N,)`, what lies beyond these becomes zero.
+
     Raises:
-        ValueError: for anything else, for tensors of unequal length and for an empty batch.
+        ValueError: for anything else, for tensors of unequal length, an empty batch, and lengths that are not from 1
+            to T.
     """
     if isinstance(batch, Data):
         return next(batch.batches(len(batch)))
@@ -38,7 +42,7 @@ def as_batch(batch: Any, name: str = "batch") -> Batch:
         raise ValueError(f"Expected the tensors of {name} to have one common first dimension N; got {lengths}")
     if 0 in lengths.values():
         raise ValueError(f"Expected {name} to hold at least one datum; got an empty set")
-    return dict(batch)
+    return ended(dict(batch), name)
 
 
 def num_rows(batch: Batch) -> int:

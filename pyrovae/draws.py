@@ -13,6 +13,7 @@ from tqdm import tqdm
 from pyrovae.compiled import Compile, Compiled
 from pyrovae.data import Batch, as_data, count, num_rows, stream
 from pyrovae.program import LatentModel
+from pyrovae.sequences import trim
 from pyrovae.survey import Enumerated, Survey, draw
 
 NUMBERS_AT_ONCE = 2**21  # in the widest tensor that a chunk makes; 8 MiB, which a cache holds
@@ -64,7 +65,8 @@ class Draws:
         self.program, self.survey = program, survey
         self.rows = max(1, NUMBERS_AT_ONCE // survey.numbers)
         watch = program.model, program.guide
-        self.compiled = self._weigh if compile is False else Compiled(self._weigh, watch, compile)
+        self.is_compiled = compile is not False
+        self.compiled = Compiled(self._weigh, watch, compile) if self.is_compiled else self._weigh
 
     def __call__(self, batch: Batch, num_particles: int, first: int = 0) -> Weights:
         """Weigh K draws for each datum.
@@ -153,7 +155,7 @@ class Plan:
                 self.draws.survey.check_support(batch, "data")
                 for start in range(0, num_rows(batch), self.batch_size):
                     part = {key: value[start : start + self.batch_size] for key, value in batch.items()}
-                    yield done, part
+                    yield done, part if self.draws.is_compiled else trim(part)
                     done += num_rows(part)
                     bar.update(num_rows(part))
 

@@ -52,9 +52,14 @@ class Draw:
         return _sum(self.guide) - _sum(self.latents)
 
     def posterior_means(self) -> dict[str, Tensor]:
-        """E_q[z | x] of each of the guide's sites, `(N, D)`: exact where the family knows it, averaged over K."""
+        """E_q[z | x] of each of the guide's sites, `(N, D)`: exact where the family knows it, averaged over K.
+
+        A site whose values are no vectors, as whole sequences, has none.
+        """
         means = {}
         for name, site in self.guide_sites.items():
+            if site["fn"].event_dim > 1:
+                continue
             try:
                 value = site["fn"].mean
             except NotImplementedError:

@@ -68,14 +68,17 @@ def test_each_datum_has_its_own_weight(entry):
     program, batch = entry.make(), entry.batch(3)
     survey = Survey.of(program, batch)
 
+    floating = {key: value for key, value in batch.items() if value.is_floating_point()}
+
     def weights(*values):
         with torch.random.fork_rng():
             torch.manual_seed(1)
-            return draw(program, dict(zip(batch, values, strict=True)), 2, survey).log_weights.sum(0)
+            given = batch | dict(zip(floating, values, strict=True))
+            return draw(program, given, 2, survey).log_weights.sum(0)
 
     with pyro.validation_enabled(False):
-        jacobians = torch.autograd.functional.jacobian(weights, tuple(batch.values()))
-    for jacobian in jacobians:
+        jacobians = torch.autograd.functional.jacobian(weights, tuple(floating.values()))
+    for jacobian in (each.flatten(2) for each in jacobians):
         across = jacobian.abs().sum(-1)
         assert torch.equal(across, across.diag().diag())
         assert (across.diag() > 0).all()
@@ -142,17 +145,17 @@ def test_fit_is_plain_svi(entry):
 @everyone
 def test_samples_encodes_reconstructs(entry):
     program, batch = entry.make(), entry.batch(5)
-    given = {key: value[:1].expand(2000, -1) for key, value in batch.items() if key != "x"}
+    given = {key: value[:1].expand(2000, *value.shape[1:]) for key, value in batch.items() if key != "x"}
     torch.manual_seed(0)
     drawn = program.sample(2000, **given)
     torch.manual_seed(0)
     mean = program.sample(2000, mean=True, **given)
     error = (drawn - mean).std(0) / 2000**0.5
-    assert ((drawn - mean).mean(0).abs() < 5 * error).all(), "seed 0: samples scatter about E[x | z] at the same z"
+    assert ((drawn - mean).mean(0).abs() <= 5 * error).all(), "seed 0: samples scatter about E[x | z] at the same z"
     first, *others = sample_sites(poutine.trace(program.guide).get_trace(**batch))
     codes = program.encode(batch, first)
     draws = torch.stack([program.encode(batch, first, sample=True) for _ in range(500)])
-    assert ((draws.mean(0) - codes).abs() < 5 * draws.std(0) / 500**0.5).all(), "seed 0"
+    assert ((draws.mean(0) - codes).abs() <= 5 * draws.std(0) / 500**0.5).all(), "seed 0"
     latents = {first: codes} | {name: program.encode(batch, name) for name in others}
     trace = poutine.trace(poutine.condition(program.model, latents)).get_trace(**batch)
     torch.manual_seed(1)

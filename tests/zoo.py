@@ -12,11 +12,14 @@ from pyrovae import (
     ConditionalVAE,
     ConvDecoder,
     ConvEncoder,
+    DeepMarkovModel,
     GaussianMixture,
     GaussianMixtureVAE,
+    HiddenMarkovModel,
     HierarchicalVAE,
     LatentModel,
     LinearGaussian,
+    LinearGaussianStateSpace,
     SemiSupervisedVAE,
 )
 from pyrovae.conditionals import (
@@ -39,11 +42,13 @@ from pyrovae.conditionals import (
     PixelCNN,
     PlanarFlow,
     RealNVP,
+    RecurrentPosterior,
     StandardNormal,
     UnitNormal,
     VampPrior,
 )
 from pyrovae.models.hierarchical import GuideKind
+from pyrovae.nets import BackwardRNN
 
 CONDITIONALS: dict[str, Callable[[], Conditional]] = {
     "StandardNormal": lambda: StandardNormal(3),
@@ -93,9 +98,12 @@ class Entry:
     binary: bool
     values: Callable[[Tensor], Tensor] | None = None  # of data from N(0, I), where they are neither these nor binary
     c_dim: int = 0  # of a condition c beside x
+    num_steps: int = 0  # of the longest sequence, where data are sequences
+    reparameterized: bool = True
 
     def data(self, n: int, seed: int = 0) -> Tensor:
-        x = torch.randn(n, self.x_dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        shape = (n, self.num_steps, self.x_dim) if self.num_steps else (n, self.x_dim)
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         if self.values is not None:
             x = self.values(x)
         return ((x > 0).double() if self.binary else x).to(torch.get_default_dtype())
@@ -105,6 +113,9 @@ class Entry:
         batch = {"x": self.data(n, seed)}
         if self.c_dim:
             batch["c"] = torch.randn(n, self.c_dim, generator=torch.Generator().manual_seed(1000 + seed))
+        if self.num_steps:
+            lengths = torch.randint(1, self.num_steps + 1, (n,), generator=torch.Generator().manual_seed(seed))
+            batch["lengths"] = lengths.index_fill(0, torch.tensor(0), self.num_steps)
         return batch
 
 
@@ -200,6 +211,35 @@ PROGRAMS |= {
     "HierarchicalVAE ladder": _hierarchy("ladder", (3, 2)),
     "HierarchicalVAE ladder of three": _hierarchy("ladder", (4, 3, 2), DiagonalNormal),
     "ConditionalVAE": Entry(lambda: ConditionalVAE.mlp(6, 4, 3, (7,)), 6, True, c_dim=4),
+}
+
+
+def _markov(make: Callable[[], LatentModel], binary: bool = False, **about: bool) -> Entry:
+    return Entry(make, 3, binary, num_steps=5, **about)
+
+
+def _recurrent(step: Conditional) -> RecurrentPosterior:
+    return RecurrentPosterior(BackwardRNN(3, 4, "tanh"), step, 2)
+
+
+PROGRAMS |= {
+    "DeepMarkovModel": _markov(lambda: DeepMarkovModel.mlp(3, 5, (5,), transition_dim=6, rnn_dim=4), True),
+    "DeepMarkovModel gru": _markov(
+        lambda: DeepMarkovModel.mlp(
+            3, 5, (5,), transition_dim=6, rnn_dim=4, cell="gru", likelihood=DiagonalNormal, posterior=FullNormal
+        )
+    ),
+    "DeepMarkovModel IAF": _markov(
+        lambda: DeepMarkovModel.mlp(
+            3, 5, (5,), transition_dim=6, rnn_dim=4, posterior=InverseAutoregressiveFlow, steps=2, step_hidden=(6,)
+        ),
+        True,
+    ),
+    "LinearGaussianStateSpace": _markov(lambda: LinearGaussianStateSpace(3, 2)),
+    "LinearGaussianStateSpace recurrent": _markov(
+        lambda: LinearGaussianStateSpace(3, 2, _recurrent(DiagonalNormal.mlp(6, 2, ())))
+    ),
+    "HiddenMarkovModel": _markov(lambda: HiddenMarkovModel.linear(3, 4, DiagonalNormal), reparameterized=False),
 }
 
 

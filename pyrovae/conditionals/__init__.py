@@ -23,3 +23,6 @@ from pyrovae.conditionals.planar import HouseholderFlow as HouseholderFlow
 from pyrovae.conditionals.planar import PlanarFlow as PlanarFlow
 from pyrovae.conditionals.priors import MixtureOfNormals as MixtureOfNormals
 from pyrovae.conditionals.priors import VampPrior as VampPrior
+from pyrovae.conditionals.sequences import MarkovChain as MarkovChain
+from pyrovae.conditionals.sequences import RecurrentPosterior as RecurrentPosterior
+from pyrovae.conditionals.sequences import Steps as Steps

@@ -10,3 +10,7 @@ from pyrovae.nets.mlp import MaskedMLP as MaskedMLP
 from pyrovae.nets.mlp import _activation as _activation
 from pyrovae.nets.mlp import _check_sizes as _check_sizes
 from pyrovae.nets.mlp import _glorot as _glorot
+from pyrovae.nets.sequences import BackwardRNN as BackwardRNN
+from pyrovae.nets.sequences import Cell as Cell
+from pyrovae.nets.sequences import Combiner as Combiner
+from pyrovae.nets.sequences import GatedTransition as GatedTransition

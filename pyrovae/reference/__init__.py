@@ -50,6 +50,12 @@ from pyrovae.reference.mixtures import gaussian_mixture_log_joint as gaussian_mi
 from pyrovae.reference.mixtures import gaussian_mixture_log_prob as gaussian_mixture_log_prob
 from pyrovae.reference.mixtures import gaussian_mixture_posterior as gaussian_mixture_posterior
 from pyrovae.reference.mixtures import mixture_vae_elbo as mixture_vae_elbo
+from pyrovae.reference.state_space import backward_algorithm as backward_algorithm
+from pyrovae.reference.state_space import deep_markov_elbo as deep_markov_elbo
+from pyrovae.reference.state_space import forward_algorithm as forward_algorithm
+from pyrovae.reference.state_space import hidden_markov_log_joint as hidden_markov_log_joint
+from pyrovae.reference.state_space import kalman_filter as kalman_filter
+from pyrovae.reference.state_space import kalman_smoother as kalman_smoother
 from pyrovae.reference.structures import conditional_vae_elbo as conditional_vae_elbo
 from pyrovae.reference.structures import hierarchical_elbo as hierarchical_elbo
 from pyrovae.reference.structures import product_of_normals as product_of_normals

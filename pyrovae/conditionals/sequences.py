@@ -1,0 +1,235 @@
+"""Distributions of whole sequences `(T, D)`, of unequal lengths: what lies beyond an end is zero and has no density."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro.distributions import constraints
+from torch import Tensor, nn
+
+from pyrovae.conditionals.conditional import Conditional, Distribution
+from pyrovae.conditionals.density import Density
+from pyrovae.nets import BackwardRNN
+from pyrovae.nets.sequences import step_mask
+
+
+class _OrZeros(constraints.Constraint):
+    """Vectors of another support, and the zero vector, with which sequences are padded."""
+
+    event_dim = 1
+
+    def __init__(self, base: Any):
+        self.base = base if base.event_dim == 1 else constraints.independent(base, 1)
+
+    def __str__(self) -> str:
+        return str(getattr(self.base, "base_constraint", self.base))
+
+    def check(self, value: Tensor) -> Tensor:
+        return self.base.check(value) | (value == 0).all(-1)
+
+
+def _of_steps(support: Any) -> Any:
+    """The support of sequences whose steps have this one."""
+    return constraints.independent(_OrZeros(support), 1)
+
+
+def _filled(value: Tensor, real: Tensor) -> Tensor:
+    """Sequences with their first steps in the place of what lies beyond their ends: zeros need have no density."""
+    return torch.where(real.unsqueeze(-1), value, value[..., :1, :])
+
+
+class Steps(Density):
+    """p(x_1, ..., x_T) = prod_t p(x_t), t up to each sequence's length.
+
+    Args:
+        step: p(x_t), with batch shape `(*, T)` and event shape `(D,)`.
+        lengths: `(*)`, each from 1 to T.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> p = Steps(dist.Normal(torch.zeros(2, 4, 3), 1.0).to_event(1), torch.tensor([4, 2]))
+        >>> p.batch_shape, p.event_shape, p.sample()[1, 2:].abs().max().item()
+        (torch.Size([2]), torch.Size([4, 3]), 0.0)
+    """
+
+    def __init__(self, step: Any, lengths: Tensor):
+        self.step, self.lengths = step, lengths
+        self.real = step_mask(lengths, step.batch_shape[-1])
+        super().__init__(step.batch_shape[:-1], step.batch_shape[-1:] + step.event_shape)
+
+    @property
+    def has_rsample(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """That of a step."""
+        return self.step.has_rsample
+
+    @property
+    def support(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """That of a step, or zeros."""
+        return _of_steps(self.step.support)
+
+    @property
+    def mean(self) -> Tensor:
+        """E[x_t], zero beyond the ends."""
+        return self._ended(self.step.mean)
+
+    def expanded(self, batch_shape: torch.Size) -> "Steps":
+        """The same with another batch shape."""
+        return Steps(self.step.expand(batch_shape + self.event_shape[:1]), self.lengths)
+
+    def log_density(self, value: Tensor) -> Tensor:
+        """sum_t log p(x_t)."""
+        log_p = self.step.log_prob(_filled(value, self.real))
+        return torch.where(self.real, log_p, torch.zeros_like(log_p)).sum(-1)
+
+    def draw(self, shape: torch.Size) -> Tensor:
+        """Draws of this shape before the batch shape."""
+        return self._ended(self.step.rsample(shape) if self.has_rsample else self.step.sample(shape))
+
+    def _ended(self, value: Tensor) -> Tensor:
+        return torch.where(self.real.unsqueeze(-1), value, torch.zeros_like(value))
+
+
+class MarkovChain(Density):
+    """p(z_1, ..., z_T) = p(z_1) prod_t p(z_t | z_{t-1}, c_t), t up to each sequence's length.
+
+    The density of given values takes all steps at once; a draw goes from step to step, and its density is known then.
+
+    Args:
+        initial: p(z_1), with batch shape `*` and event shape `(D,)`.
+        transition: z_{t-1} `(*, D)`, and c_t `(*, C)` where there is a context, to p(z_t | z_{t-1}, c_t).
+        lengths: `(*)`, each from 1 to T.
+        num_steps: T.
+        context: c_2, ..., c_T, `(*, T - 1, C)`; none by default.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> def walk(z):
+        ...     return dist.Normal(z, 1.0).to_event(1)
+        >>> walks = MarkovChain(walk(torch.zeros(2, 1)), walk, torch.tensor([4, 2]), num_steps=4)
+        >>> walks.sample().shape, walks.log_prob(torch.zeros(2, 4, 1))
+        (torch.Size([2, 4, 1]), tensor([-3.6758, -1.8379]))
+    """
+
+    def __init__(
+        self,
+        initial: Any,
+        transition: Callable[..., Distribution],
+        lengths: Tensor,
+        num_steps: int,
+        context: Tensor | None = None,
+    ):
+        self.transition, self.lengths, self.num_steps, self.context = transition, lengths, num_steps, context
+        batch_shape = torch.broadcast_shapes(initial.batch_shape, lengths.shape)
+        self.initial = initial.expand(batch_shape)
+        self._drawn: tuple[Tensor, Tensor] | None = None  # the last draw, and its density
+        super().__init__(batch_shape, torch.Size([num_steps]) + initial.event_shape)
+
+    @property
+    def has_rsample(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """That of a step."""
+        return self.initial.has_rsample
+
+    @property
+    def support(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """That of a step, or zeros."""
+        return _of_steps(self.initial.support)
+
+    def expanded(self, batch_shape: torch.Size) -> "MarkovChain":
+        """The same with another batch shape."""
+        initial = self.initial.expand(batch_shape)
+        return MarkovChain(initial, self.transition, self.lengths, self.num_steps, self.context)
+
+    def log_density(self, value: Tensor) -> Tensor:
+        """log p(z_1) + sum_t log p(z_t | z_{t-1}, c_t)."""
+        if self._drawn is not None and self._drawn[0] is value:
+            return self._drawn[1]
+        value = _filled(value, step_mask(self.lengths, self.num_steps))
+        first, context = self.initial.log_prob(value[..., 0, :]).unsqueeze(-1), self.context
+        if self.num_steps == 1:
+            return first.squeeze(-1)
+        before, after = value[..., :-1, :], value[..., 1:, :]
+        rest = (self.transition(before) if context is None else self.transition(before, context)).log_prob(after)
+        return self._sum(torch.cat([first.expand(*rest.shape[:-1], 1), rest], -1))
+
+    def draw(self, shape: torch.Size) -> Tensor:
+        """Draws of this shape before the batch shape."""
+        draw = "rsample" if self.has_rsample and torch.is_grad_enabled() else "sample"
+        z = getattr(self.initial, draw)(shape)
+        values, log_probs = [z], [self.initial.log_prob(z)]
+        # unbound at once: the gradient of a slice is as large as all steps together
+        contexts = [()] * (self.num_steps - 1) if self.context is None else [(c,) for c in self.context.unbind(-2)]
+        for context in contexts:
+            step: Any = self.transition(z, *context)
+            z = getattr(step, draw)()
+            values.append(z)
+            log_probs.append(step.log_prob(z))
+        value, mask = torch.stack(values, -2), step_mask(self.lengths, self.num_steps).unsqueeze(-1)
+        value = torch.where(mask, value, torch.zeros_like(value))
+        self._drawn = value, self._sum(torch.stack(log_probs, -1))
+        return value
+
+    def _sum(self, log_p: Tensor) -> Tensor:
+        """Over the steps of each sequence."""
+        return torch.where(step_mask(self.lengths, self.num_steps), log_p, torch.zeros_like(log_p)).sum(-1)
+
+
+def num_steps_of(x: Tensor | None, lengths: Tensor, x_dim: int | None = None) -> int:
+    """T, of sequences x `(*, T, X)` of lengths `(*)`, or where there are none that of the longest to be drawn.
+
+    Raises:
+        ValueError: for what are not sequences and their lengths.
+    """
+    if lengths.is_floating_point() or lengths.dtype == torch.bool:
+        raise ValueError(f"Expected lengths to be whole numbers; got {lengths.dtype}")
+    if x is not None and (x.dim() < 2 or x.shape[:-2] != lengths.shape):
+        raise ValueError(
+            "Expected x to be sequences (N, T, X) and lengths (N,); "
+            f"got shapes {tuple(x.shape)} and {tuple(lengths.shape)}"
+        )
+    if x is not None and x_dim not in (None, x.shape[-1]):
+        raise ValueError(f"Expected steps of x to have {x_dim} values; got {x.shape[-1]}")
+    if x is not None:
+        return x.shape[-2]
+    if int(lengths.min()) < 1:
+        raise ValueError(f"Expected lengths of at least 1; got {int(lengths.min())}")
+    return int(lengths.max())
+
+
+class RecurrentPosterior(nn.Module):
+    """q(z | x) = prod_t q(z_t | z_{t-1}, x_{t:T}): a chain that knows, at each step, all that is still to come.
+
+        h_t = RNN(x_t, h_{t+1}),  z_t ~ q(z_t | z_{t-1}, h_t),  z_0 learned
+
+    Given z_{t-1}, nothing that came before t tells more of z_t: it is the form of a state-space model's true posterior.
+
+    Args:
+        rnn: reads the sequence backwards.
+        step: q(z_t | z_{t-1}, h_t), its parents in this order.
+        z_dim: size of z_t.
+
+    Source:
+        Krishnan, Shalit and Sontag (2017), the structured inference network DKS.
+
+    Example:
+        >>> from pyrovae.conditionals import DiagonalNormal
+        >>> q = RecurrentPosterior(BackwardRNN(88, 50), DiagonalNormal.mlp(10 + 50, 10), 10)
+        >>> q(torch.zeros(3, 20, 88), torch.tensor([20, 7, 1])).event_shape
+        torch.Size([20, 10])
+    """
+
+    def __init__(self, rnn: BackwardRNN, step: Conditional, z_dim: int):
+        super().__init__()
+        self.rnn, self.step, self.z_dim = rnn, step, z_dim
+        self.z_0 = nn.Parameter(torch.zeros(z_dim))
+
+    def forward(self, x: Tensor, lengths: Tensor) -> MarkovChain:
+        """q(z | x) for sequences `(*, T, X)` of lengths `(*)`."""
+        h = self.rnn(x, lengths)
+        return MarkovChain(self.step(self.z_0, h[..., 0, :]), self.step, lengths, x.shape[-2], h[..., 1:, :])
+
+    @torch.no_grad()
+    def noise(self, x: Tensor, lengths: Tensor, z: Tensor, of_step: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """The noise behind draws z `(*, N, T, D)`, where `of_step` gives that of a step from z_t and its eta."""
+        first = self.z_0.expand(*z.shape[:-2], 1, self.z_dim)
+        eta = self.step.eta(torch.cat([first, z[..., :-1, :]], -2), self.rnn(x, lengths))
+        return of_step(z, eta)

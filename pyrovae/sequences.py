@@ -1,0 +1,71 @@
+"""Sequences of unequal length: padded to one tensor, their lengths beside it."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def pad(sequences: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Sequences `(T_i, D)` as the batch `{"x": (N, T, D), "lengths": (N,)}`, T the longest, zeros behind each end.
+
+    Raises:
+        ValueError: for no sequences, one of length 0, or steps of unequal size.
+
+    Example:
+        >>> batch = pad([torch.ones(2, 3), torch.ones(5, 3)])
+        >>> batch["x"].shape, batch["lengths"]
+        (torch.Size([2, 5, 3]), tensor([2, 5]))
+    """
+    if not len(sequences):
+        raise ValueError("Expected sequences to hold at least one; got none")
+    for i, sequence in enumerate(sequences):
+        if sequence.dim() != 2 or len(sequence) < 1 or sequence.shape[1] != sequences[0].shape[-1]:
+            raise ValueError(
+                f"Expected sequences of shape (T, {sequences[0].shape[-1]}), T at least 1; "
+                f"got {tuple(sequence.shape)} at index {i}"
+            )
+    x = torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True)
+    return {"x": x, "lengths": torch.tensor([len(sequence) for sequence in sequences], device=x.device)}
+
+
+def trim(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A batch of sequences without the steps that lie beyond all of its lengths; any other as it is.
+
+    For `Data(..., show=trim)`: a minibatch is then as long as its longest sequence. Where loss or program are compiled,
+    each length would be compiled by itself.
+
+    Example:
+        >>> trim({"x": torch.zeros(2, 9, 3), "lengths": torch.tensor([2, 5])})["x"].shape
+        torch.Size([2, 5, 3])
+    """
+    if not _are_sequences(batch):
+        return batch
+    return {**batch, "x": batch["x"][:, : int(batch["lengths"].max())]}
+
+
+def ended(batch: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """A batch of sequences x `(N, T, D)` with zeros beyond their lengths `(N,)`; any other as it is.
+
+    Raises:
+        ValueError: for lengths that are no whole numbers, one for each sequence, from 1 to T.
+    """
+    if not _are_sequences(batch):
+        return batch
+    x, lengths = batch["x"], batch["lengths"]
+    if lengths.dim() != 1 or lengths.is_floating_point() or lengths.dtype == torch.bool:
+        raise ValueError(
+            f"Expected {name}['lengths'] to be whole numbers (N,); got {lengths.dtype} {tuple(lengths.shape)}"
+        )
+    bad = (lengths < 1) | (lengths > x.shape[1])
+    if bool(bad.any()):
+        where = int(bad.nonzero()[0])
+        raise ValueError(
+            f"Expected {name}['lengths'] from 1 to {x.shape[1]}, the steps of x; got {int(lengths[where])} at {where}"
+        )
+    beyond = torch.arange(x.shape[1], device=x.device) >= lengths.unsqueeze(-1)
+    return {**batch, "x": x.masked_fill(beyond.unsqueeze(-1), 0)}
+
+
+def _are_sequences(batch: dict[str, Tensor]) -> bool:
+    return "lengths" in batch and "x" in batch and batch["x"].dim() == 3
