@@ -14,6 +14,7 @@ from pyrovae.compiled import Compile
 from pyrovae.conditionals.conditional import networks_in
 from pyrovae.draws import Plan, Weights
 from pyrovae.program import LatentModel
+from pyrovae.sequences import are_sequences
 from pyrovae.traces import check_arguments
 from pyrovae.weights import WeightSums, error_of_mean
 
@@ -35,11 +36,12 @@ class Evaluation:
         k_hat: Pareto shape of the largest weights, `(N,)`. Above 0.7 neither log_px nor its error can be trusted.
             0 where all weights are equal; NaN below 21 particles, or where ties leave no tail to fit.
         num_particles: K.
-        dim: number of observed values in a datum.
+        dim: number of observed values in a datum; of sequences, in a step.
         active_units: for each latent site, the number of units whose posterior mean varies over the data with a
             variance above 0.01 (Burda et al. 2016). Where a guide draws a layer given the one above, its mean moves
-            with that one too, so that all of its units may count.
+            with that one too, so that all of its units may count. Latents that are sequences are left out.
         clustering: how well the likeliest clusters agree with the classes, where these were given.
+        num_steps: `(N,)`, the lengths of data that are sequences.
     """
 
     log_px: Tensor
@@ -51,30 +53,56 @@ class Evaluation:
     dim: int
     active_units: dict[str, int]
     clustering: Clustering | None = None
+    num_steps: Tensor | None = None
 
     def summary(self) -> dict[str, Any]:
         """Means over the data, each with its standard error over the data; nats, per datum.
 
         `log_px_sampling_error` is the part of `log_px_error` that more particles would remove. The share of k-hat
         above 0.7 is that among the data whose k-hat is known; NaN for too few particles. Where there is a clustering,
-        its `accuracy`, `nmi` and `ari`.
+        its `accuracy`, `nmi` and `ari`. Of sequences also `log_px_per_step` and `elbo_per_step`, the totals of all data
+        over their steps, as are then the bits per dim.
         """
-        bits = -self.log_px / (self.dim * math.log(2))
+        bits, bits_error = self._per_value(self.log_px)
         known = self.k_hat[~self.k_hat.isnan()]
-        return {
-            "num_data": len(self.log_px),
-            "num_particles": self.num_particles,
-            "log_px": self.log_px.mean().item(),
-            "log_px_error": error_of_mean(self.log_px),
-            "log_px_sampling_error": (self.standard_error**2).sum().sqrt().item() / len(self.log_px),
-            "elbo": self.elbo.mean().item(),
-            "elbo_error": error_of_mean(self.elbo),
-            "bits_per_dim": bits.mean().item(),
-            "bits_per_dim_error": error_of_mean(bits),
-            "ess": self.ess.mean().item(),
-            "k_hat_above_0.7": (known > K_HAT_LIMIT).double().mean().item(),
-            "active_units": dict(self.active_units),
-        } | ({} if self.clustering is None else asdict(self.clustering))
+        return (
+            {
+                "num_data": len(self.log_px),
+                "num_particles": self.num_particles,
+                "log_px": self.log_px.mean().item(),
+                "log_px_error": error_of_mean(self.log_px),
+                "log_px_sampling_error": (self.standard_error**2).sum().sqrt().item() / len(self.log_px),
+                "elbo": self.elbo.mean().item(),
+                "elbo_error": error_of_mean(self.elbo),
+                "bits_per_dim": bits,
+                "bits_per_dim_error": bits_error,
+                "ess": self.ess.mean().item(),
+                "k_hat_above_0.7": (known > K_HAT_LIMIT).double().mean().item(),
+                "active_units": dict(self.active_units),
+            }
+            | ({} if self.clustering is None else asdict(self.clustering))
+            | self._per_step()
+        )
+
+    def _per_value(self, log_px: Tensor) -> tuple[float, float]:
+        """Bits for each observed value, and their standard error."""
+        mean, error = self._ratio(log_px)
+        return -mean / (self.dim * math.log(2)), error / (self.dim * math.log(2))
+
+    def _ratio(self, values: Tensor) -> tuple[float, float]:
+        """The total of values over that of steps, and its standard error by the delta method."""
+        if self.num_steps is None:
+            return values.mean().item(), error_of_mean(values)
+        steps = self.num_steps.to(values)
+        ratio = values.sum() / steps.sum()
+        return ratio.item(), error_of_mean(values - ratio * steps) / steps.mean().item()
+
+    def _per_step(self) -> dict[str, float]:
+        if self.num_steps is None:
+            return {}
+        log_px, elbo = self._ratio(self.log_px), self._ratio(self.elbo)
+        names = "log_px_per_step", "log_px_per_step_error", "elbo_per_step", "elbo_per_step_error"
+        return dict(zip(names, (*log_px, *elbo), strict=True))
 
     def __str__(self) -> str:
         s = self.summary()
@@ -86,6 +114,11 @@ class Evaluation:
             f"bits per dim  {s['bits_per_dim']:10.4f} ± {s['bits_per_dim_error']:.4f}",
             f"mean ESS      {s['ess']:10.1f}; k-hat above {K_HAT_LIMIT} for {s['k_hat_above_0.7']:.1%} of the data",
         ]
+        if self.num_steps is not None:
+            lines.append(
+                f"per time step {s['log_px_per_step']:10.4f} ± {s['log_px_per_step_error']:.4f} nats, "
+                f"ELBO {s['elbo_per_step']:.4f} ± {s['elbo_per_step_error']:.4f}"
+            )
         if units:
             lines.append(f"active units  {units}")
         if self.clustering is not None:
@@ -149,7 +182,7 @@ def evaluate(
     """
     check_arguments(program, num_particles)
     results = {name: array("d") for name in STATISTICS}
-    units, clusters = _ActiveUnits(), []
+    units, clusters, lengths = _ActiveUnits(), [], []
     with program.inference(seed), pyro.validation_enabled(False), networks_in(precision):
         plan = Plan.of(program, data, num_particles, batch_size, chunk_size, compile)
         if classes is not None:
@@ -164,10 +197,13 @@ def evaluate(
                 results[name].extend(getattr(sums, method)().tolist())
             if classes is not None:
                 clusters.append(program.predict(part).argmax(1))
+            if are_sequences(part):
+                lengths.append(part["lengths"].cpu())
     return Evaluation(
         **{name: torch.tensor(values, dtype=torch.float64) for name, values in results.items()},
         num_particles=num_particles,
         dim=plan.draws.survey.dim,
+        num_steps=torch.cat(lengths) if lengths else None,
         active_units=units.count(),
         clustering=None if classes is None else agreement(torch.cat(clusters), classes),
     )

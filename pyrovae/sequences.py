@@ -39,7 +39,7 @@ def trim(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         >>> trim({"x": torch.zeros(2, 9, 3), "lengths": torch.tensor([2, 5])})["x"].shape
         torch.Size([2, 5, 3])
     """
-    if not _are_sequences(batch):
+    if not are_sequences(batch):
         return batch
     return {**batch, "x": batch["x"][:, : int(batch["lengths"].max())]}
 
@@ -50,7 +50,7 @@ def ended(batch: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     Raises:
         ValueError: for lengths that are no whole numbers, one for each sequence, from 1 to T.
     """
-    if not _are_sequences(batch):
+    if not are_sequences(batch):
         return batch
     x, lengths = batch["x"], batch["lengths"]
     if lengths.dim() != 1 or lengths.is_floating_point() or lengths.dtype == torch.bool:
@@ -67,5 +67,6 @@ def ended(batch: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     return {**batch, "x": x.masked_fill(beyond.unsqueeze(-1), 0)}
 
 
-def _are_sequences(batch: dict[str, Tensor]) -> bool:
+def are_sequences(batch: dict[str, Tensor]) -> bool:
+    """Whether a batch is of sequences x `(N, T, D)` and their lengths."""
     return "lengths" in batch and "x" in batch and batch["x"].dim() == 3

@@ -12,6 +12,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from pyrovae.data import Batch, as_batch, check_finite, num_rows
 from pyrovae.labels import Fixed, Label, Shared, without
 from pyrovae.program import LatentModel, check_keys
+from pyrovae.sequences import are_sequences
 from pyrovae.traces import (
     Draw,
     Traces,
@@ -72,7 +73,7 @@ class Survey:
         vectorized: particles in a plate to the left of its own plates have the log-weights that they have one by
             one, so that its networks broadcast. If not, each datum is repeated for each particle.
         width: numbers for each datum in the widest tensor that a network or a site makes.
-        dim: number of observed values in a datum.
+        dim: number of observed values in a datum; of sequences, in a step.
         supports: for each tensor of the batch that a site observes as it is, that site and its support.
         label: the program's label, where the batch does not show it.
     """
@@ -101,7 +102,7 @@ class Survey:
         """
         check_keys(batch, program.model, program.guide)
         two, three = ({key: value[:n] for key, value in batch.items()} for n in (2, 3))
-        n = num_rows(two)
+        n, steps = num_rows(two), batch["x"].shape[1] if are_sequences(batch) else 1
         with torch.random.fork_rng(), program.inference():
             with pyro.validation_enabled(False), _Widest() as widest:
                 traced(program, {key: value[:FIRST] for key, value in batch.items()})  # makes all parameters
@@ -115,7 +116,7 @@ class Survey:
                 nesting,
                 vectorized=False,
                 width=max(widest.numel, *sizes) // n,
-                dim=sum(site["value"].numel() for site in observed) // n,
+                dim=sum(site["value"].numel() for site in observed) // (n * steps),
                 supports={
                     key: (site["name"], site["fn"].support)
                     for key, value in two.items()

@@ -132,7 +132,8 @@ def check_support(name: str, value: Tensor, site: str, support: Any) -> None:
     inside = support.check(value)
     if bool(inside.all()):
         return
-    support = getattr(support, "base_constraint", support)  # of one value of a datum, where they are independent
+    while hasattr(support, "base_constraint"):  # of one value of a datum, where they are independent
+        support = support.base_constraint
     each = support.check(value)
     bad = value[~each] if each.shape == value.shape else value[~inside].flatten()
     binary = "boolean" in str(support).lower()

@@ -19,13 +19,10 @@ class _OrZeros(constraints.Constraint):
     event_dim = 1
 
     def __init__(self, base: Any):
-        self.base = base if base.event_dim == 1 else constraints.independent(base, 1)
-
-    def __str__(self) -> str:
-        return str(getattr(self.base, "base_constraint", self.base))
+        self.base_constraint = base if base.event_dim == 1 else constraints.independent(base, 1)
 
     def check(self, value: Tensor) -> Tensor:
-        return self.base.check(value) | (value == 0).all(-1)
+        return self.base_constraint.check(value) | (value == 0).all(-1)
 
 
 def _of_steps(support: Any) -> Any:
@@ -142,7 +139,9 @@ class MarkovChain(Density):
     def log_density(self, value: Tensor) -> Tensor:
         """log p(z_1) + sum_t log p(z_t | z_{t-1}, c_t)."""
         if self._drawn is not None and self._drawn[0] is value:
-            return self._drawn[1]
+            log_p = self._drawn[1]
+            if log_p.requires_grad or not torch.is_grad_enabled():  # `sample` draws without gradients
+                return log_p
         value = _filled(value, step_mask(self.lengths, self.num_steps))
         first, context = self.initial.log_prob(value[..., 0, :]).unsqueeze(-1), self.context
         if self.num_steps == 1:
@@ -186,9 +185,9 @@ def num_steps_of(x: Tensor | None, lengths: Tensor, x_dim: int | None = None) ->
             "Expected x to be sequences (N, T, X) and lengths (N,); "
             f"got shapes {tuple(x.shape)} and {tuple(lengths.shape)}"
         )
-    if x is not None and x_dim not in (None, x.shape[-1]):
-        raise ValueError(f"Expected steps of x to have {x_dim} values; got {x.shape[-1]}")
     if x is not None:
+        if x_dim not in (None, x.shape[-1]):
+            raise ValueError(f"Expected steps of x to have {x_dim} values; got {x.shape[-1]}")
         return x.shape[-2]
     if int(lengths.min()) < 1:
         raise ValueError(f"Expected lengths of at least 1; got {int(lengths.min())}")

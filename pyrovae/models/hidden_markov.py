@@ -59,11 +59,17 @@ class HiddenMarkovModel(LatentModel):
             num_states: number of states.
             likelihood: family of p(x_t | z_t).
         """
+        _check_sizes(x_dim=x_dim, num_states=num_states)
         return cls(num_states, likelihood.mlp(num_states, x_dim, ()))
+
+    @property
+    def x_dim(self) -> int:
+        """Size of a step of the data."""
+        return self.likelihood(self.states[0]).event_shape[0]
 
     def model(self, lengths: Tensor, x: Tensor | None = None) -> Tensor:
         """prod_t p(z_t | z_{t-1}) p(x_t | z_t)."""
-        num_steps = num_steps_of(x, lengths)
+        num_steps = num_steps_of(x, lengths, self.x_dim)
         initial = dist.OneHotCategorical(logits=self.initial_logits)
         with data_plate(x):
             z = pyro.sample("z", MarkovChain(initial, self._step, lengths, num_steps))
@@ -74,7 +80,7 @@ class HiddenMarkovModel(LatentModel):
 
     def guide(self, x: Tensor, lengths: Tensor) -> None:
         """q(z | x), or p(z | x)."""
-        num_steps_of(x, lengths)
+        num_steps_of(x, lengths, self.x_dim)
         with data_plate(x):
             q = self.exact_posterior(x, lengths) if self.posterior is None else self.posterior(x, lengths)
             pyro.sample("z", q)
@@ -99,12 +105,12 @@ class HiddenMarkovModel(LatentModel):
 
     def log_prob(self, x: Tensor, lengths: Tensor) -> Tensor:
         """log p(x), exact, by the forward algorithm, for sequences `(N, T, X)` of lengths `(N,)`: `(N,)`, in nats."""
-        num_steps_of(x, lengths)
+        num_steps_of(x, lengths, self.x_dim)
         return reference.forward_algorithm(*self._log_probs(x), lengths)[0]
 
     def smooth(self, x: Tensor, lengths: Tensor) -> Tensor:
         """p(z_t | x), exact, `(N, T, S)`; zeros beyond the ends."""
-        num_steps_of(x, lengths)
+        num_steps_of(x, lengths, self.x_dim)
         log_initial, log_transition, log_likelihood = self._log_probs(x)
         _, forward = reference.forward_algorithm(log_initial, log_transition, log_likelihood, lengths)
         marginals = (forward + reference.backward_algorithm(log_transition, log_likelihood, lengths)).softmax(-1)

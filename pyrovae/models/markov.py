@@ -75,6 +75,7 @@ class DeepMarkovModel(LatentModel):
             activation: in p(x_t | z_t).
             family: what the posterior's family takes beside its network, as steps=2 for a flow.
         """
+        _check_sizes(x_dim=x_dim, z_dim=z_dim, transition_dim=transition_dim, rnn_dim=rnn_dim)
         step = posterior.mlp(z_dim + rnn_dim, z_dim, (), **family)
         assert isinstance(step.net, MLP)
         step.net = Combiner(z_dim, rnn_dim, step.net.out_dim)
