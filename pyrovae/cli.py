@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tyro
+from torch.optim import Adam
 
 from pyrovae import checkpoint, models, plots
 from pyrovae import data as data_sets
@@ -16,9 +18,11 @@ from pyrovae.compare import compare
 from pyrovae.compiled import CompileError
 from pyrovae.evaluate import evaluate
 from pyrovae.fit import fit
+from pyrovae.music import write_midi
 from pyrovae.options import Compare, Evaluate, Sample, Train
 from pyrovae.program import LatentModel
 from pyrovae.recipes import (
+    SEQUENTIAL,
     bound_of,
     check_options,
     has,
@@ -101,7 +105,7 @@ def _train(command: Train) -> None:
         _record(command, splits, folder)
     print(
         f"{command.data}: {len(splits.train)} training, {len(splits.val)} validation, {len(splits.test)} test data of "
-        f"{splits.train['x'].shape[1]} values, binarization {splits.binarize}\n"
+        f"{_values(splits)}, binarization {splits.binarize}\n"
         f"{type(program).__name__} with {sum(p.numel() for p in program.parameters()):,} parameters"
         f"{_families(command)}; writing to {folder}"
     )
@@ -112,6 +116,7 @@ def _train(command: Train) -> None:
         epochs=command.epochs,
         batch_size=command.batch_size,
         lr=lr,
+        optimizer=partial(Adam, weight_decay=command.weight_decay, fused=True) if command.weight_decay else None,
         patience=command.patience,
         grad_clip=command.grad_clip,
         seed=command.seed,
@@ -134,6 +139,12 @@ def _train(command: Train) -> None:
     _compare(Compare(folder, (*ladder, command.num_particles)), program)
 
 
+def _values(splits: data_sets.Splits) -> str:
+    """How large a datum is, in words."""
+    x = splits.train["x"]
+    return f"{x.shape[1]} values" if x.dim() == 2 else f"up to {x.shape[1]} steps of {x.shape[2]} values"
+
+
 def _families(command: Train) -> str:
     """The families that the model was given, in words."""
     asked = [f"{getattr(command, role)} {role}" for role in ("prior", "posterior", "likelihood") if has(command, role)]
@@ -146,6 +157,10 @@ def _pictures(
     test, shape = of_part(command, splits, "test"), splits.shape
     pictures = {"learning_curves": plots.learning_curves(history)}
     few = shown(test.rows(_spread(len(test), 10)))
+    if command.model in SEQUENTIAL:
+        both = {"test data": few["x"], "reconstructions": program.reconstruct(few)}
+        pictures["reconstructions"] = plots.sequences(both, few["lengths"])
+        return pictures | {"samples": _samples(command, program, splits)}
     if command.model == "conditional" and command.given != "class":
         pictures["completions"] = plots.completions(program, few, shape, command.given)
     else:
@@ -163,6 +178,9 @@ def _samples(command: Train, program: LatentModel, splits: data_sets.Splits, n: 
     """Draws; of a model of clusters or classes a row for each."""
     import torch
 
+    if command.model in SEQUENTIAL:
+        lengths = splits.test["lengths"][:n]
+        return plots.sequences({"samples": program.sample(len(lengths), lengths=lengths)}, lengths)
     if command.model in ("mixture", "mixture-vae"):
         return plots.samples(program, command.clusters**2, splits.shape, c=_rows(command.clusters))
     if command.model == "conditional" and command.given == "class":
@@ -239,11 +257,15 @@ def _sample(command: Sample) -> None:
     program, stored, splits = _open(command.run)
     torch.manual_seed(command.seed)
     _draw(_samples(stored, program, splits, command.n), command.run / "samples.png")
+    if stored.data == "jsb-chorales":
+        _write_midi(program, command)
     if command.npy is not None:
         given: dict[str, Any] = {}
         if stored.model == "conditional":
             conditions = shown(of_part(stored, splits, "test"))["c"]
             given = {"c": conditions[torch.arange(command.n) % len(conditions)]}
+        elif stored.model in SEQUENTIAL:
+            given = {"lengths": splits.test["lengths"][torch.arange(command.n) % len(splits.test)]}
         values = program.sample(command.n, **given).numpy()
 
         def write(path: Path) -> None:
@@ -252,6 +274,13 @@ def _sample(command: Sample) -> None:
 
         checkpoint.write_whole(command.npy, write)
         print(f"written to {command.npy}")
+
+
+def _write_midi(program: LatentModel, command: Sample) -> None:
+    for i, roll in enumerate(program.sample(min(command.n, 4), lengths=64), 1):
+        path = command.run / f"sample-{i}.mid"
+        write_midi(roll, path)
+        print(f"written to {path}")
 
 
 def _record(command: Train, splits: data_sets.Splits, folder: Path) -> None:

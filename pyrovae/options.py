@@ -14,12 +14,23 @@ class Train:
     """Train a latent-variable model, then draw its pictures and measure its log-likelihood on the test data."""
 
     model: Literal[
-        "vae", "auxiliary", "hierarchical", "conditional", "m2", "mixture-vae", "mixture", "linear-gaussian"
+        "vae",
+        "auxiliary",
+        "hierarchical",
+        "conditional",
+        "m2",
+        "mixture-vae",
+        "mixture",
+        "linear-gaussian",
+        "deep-markov",
+        "linear-state-space",
+        "hidden-markov",
     ] = "vae"
     """hierarchical: several layers of latents; conditional: p(x | c); m2: a label that some data have; mixture-vae:
-    latents in clusters; mixture: of Gaussians; auxiliary: one more latent in the guide; linear-gaussian."""
+    latents in clusters; mixture: of Gaussians; auxiliary: one more latent in the guide; linear-gaussian. Of sequences:
+    deep-markov, linear-state-space, hidden-markov."""
     data: str = "digits"
-    """digits, mnist, fashion-mnist, binarized-mnist, frey-faces, or a .npy or .npz file."""
+    """digits, mnist, fashion-mnist, binarized-mnist, frey-faces, jsb-chorales, or a .npy or .npz file."""
     binarize: Literal["auto", "none", "dynamic", "static", "threshold"] = "auto"
     """How grey values become binary; auto: dynamic for a bernoulli likelihood, unless the data are binary already."""
     posterior: Literal["diagonal", "full", "iaf", "planar", "householder", "spline"] = "diagonal"
@@ -48,6 +59,10 @@ class Train:
     """mixture, mixture-vae: of each cluster."""
     pretrain: int = 50
     """mixture-vae: epochs of a VAE, in whose latents the clusters begin."""
+    rnn: int = 200
+    """deep-markov: units of the guide's recurrent network."""
+    states: int = 10
+    """hidden-markov: how many."""
     labels: int = 100
     """m2: how many training data keep their label, equally many of each class."""
     supervised_weight: float | None = None
@@ -64,6 +79,8 @@ class Train:
     """Learning rate of Adam, in the first epoch."""
     lr_final: float | None = None
     """In the last epoch, and geometrically between; by default the same throughout."""
+    weight_decay: float = 0.0
+    """Of Adam: this times each weight is added to its gradient."""
     patience: int | None = 50
     """Stop after so many epochs without a better ELBO on the validation data."""
     grad_clip: float | None = None

@@ -150,6 +150,41 @@ def latent_space(program: LatentModel, x: Any, y: Tensor | None = None, *, site:
     return figure
 
 
+def sequences(values: dict[str, Tensor], lengths: Tensor, *, n: int = 4) -> Figure:
+    """The first n sequences, one below the other: time to the right, the values of a step upwards.
+
+    Args:
+        values: sequences `(N, T, D)` by what they are, side by side: `{"data": x, "reconstructions": program.
+            reconstruct(batch)}`. Of piano rolls only the keys between the lowest and the highest struck are shown.
+        lengths: of all of them, `(N,)`.
+        n: how many.
+
+    Raises:
+        ValueError: for what are not sequences of these lengths.
+    """
+    for name, x in values.items():
+        if x.dim() != 3 or len(x) != len(lengths) or int(lengths.max()) > x.shape[1]:
+            raise ValueError(f"Expected {name} (N, T, D) of lengths (N,) up to T; got {tuple(x.shape)}, {len(lengths)}")
+    from matplotlib import pyplot
+
+    n = min(n, len(lengths))
+    every = torch.cat([x[:n].flatten(0, 1).detach().cpu().float() for x in values.values()])
+    used = (every > 0.1).any(0).nonzero().flatten()
+    low, high = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, every.shape[1])
+    limits = {"vmin": 0, "vmax": 1} if every.min() >= 0 and every.max() <= 1 else {}
+    size = (10 if len(values) > 1 else 7, 1.6 * n + 0.4)
+    figure, panels = pyplot.subplots(n, len(values), figsize=size, dpi=100, layout="constrained", squeeze=False)
+    pyplot.close(figure)
+    for column, (name, x) in enumerate(values.items()):
+        panels[0, column].set_title(name)
+        panels[-1, column].set_xlabel("step")
+        for axes, sequence, length in zip(panels[:, column], x, lengths, strict=False):
+            shown = sequence[:length, low:high].detach().cpu().float().T
+            extent = (0.5, float(length) + 0.5, low - 0.5, high - 0.5)
+            axes.imshow(shown.numpy(), cmap="Greys", aspect="auto", origin="lower", extent=extent, **limits)
+    return figure
+
+
 def learning_curves(history: list[dict[str, float]]) -> Figure:
     """ELBO, log p(x | z) and KL after each epoch, on training and validation data, and the error where there is one.
 

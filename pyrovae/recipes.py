@@ -13,6 +13,7 @@ from pyrovae.options import Train
 from pyrovae.program import LatentModel
 from pyrovae.quadrants import quadrant
 from pyrovae.schedules import Linear
+from pyrovae.sequences import trim
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,15 +41,18 @@ PRIORS: dict[str, Callable[[int], conditionals.Conditional]] = {
     "maf": conditionals.MaskedAutoregressiveFlow.root,
     "autoregressive": conditionals.AutoregressivePrior,
 }
+_OF_VECTORS = ("vae", "auxiliary", "m2", "mixture-vae", "conditional")  # one layer of latents for one vector
 # options that a model has beside those of all, with the value that stands for "not asked for"
 OWN = {
-    "likelihood": ("bernoulli", ("vae", "auxiliary", "m2", "mixture-vae", "hierarchical", "conditional")),
-    "posterior": ("diagonal", ("vae", "auxiliary", "m2", "mixture-vae", "conditional")),
+    "likelihood": ("bernoulli", (*_OF_VECTORS, "hierarchical", "deep-markov", "hidden-markov")),
+    "posterior": ("diagonal", (*_OF_VECTORS, "deep-markov")),
     "prior": ("standard", ("vae", "auxiliary", "m2")),
-    "bound": ("elbo", ("vae", "auxiliary", "hierarchical", "conditional", "linear-gaussian")),
+    "bound": ("elbo", ("vae", "auxiliary", "hierarchical", "conditional", "linear-gaussian", "deep-markov")),
     "free_bits": (None, ("vae", "auxiliary", "hierarchical", "conditional", "linear-gaussian")),
-    "z_dim": (20, ("vae", "auxiliary", "m2", "conditional", "mixture-vae", "linear-gaussian")),
-    "hidden": ((200, 200), ("vae", "auxiliary", "m2", "mixture-vae", "hierarchical", "conditional")),
+    "z_dim": (20, (*_OF_VECTORS, "linear-gaussian", "deep-markov", "linear-state-space")),
+    "hidden": ((200, 200), (*_OF_VECTORS, "hierarchical", "deep-markov")),
+    "rnn": (200, ("deep-markov",)),
+    "states": (10, ("hidden-markov",)),
     "guide": ("bottom-up", ("hierarchical",)),
     "layers": ((20, 10), ("hierarchical",)),
     "clusters": (10, ("mixture", "mixture-vae")),
@@ -58,7 +62,9 @@ OWN = {
     "labels": (100, ("m2",)),
     "supervised_weight": (None, ("m2",)),
 }
-REAL = ("linear-gaussian", "mixture")  # models of real values
+REAL = ("linear-gaussian", "mixture", "linear-state-space")  # models of real values
+SEQUENTIAL = ("deep-markov", "linear-state-space", "hidden-markov")  # models of sequences
+BINARY = ("binarized-mnist", "jsb-chorales")  # data that are so already
 
 
 def check_options(command: Train) -> None:
@@ -70,7 +76,7 @@ def check_options(command: Train) -> None:
                 f"Expected --{name.replace('_', '-')} with --model {' or '.join(owners)} alone; "
                 f"got {value} with --model {command.model}"
             )
-    for name in ("z_dim", "hidden", "layers", "clusters", "pretrain", "num_particles", "labels"):
+    for name in ("z_dim", "hidden", "layers", "clusters", "pretrain", "num_particles", "labels", "rnn", "states"):
         value = getattr(command, name)
         smallest = min(value, default=1) if isinstance(value, tuple) else value
         if smallest < 1:
@@ -86,17 +92,23 @@ def load_splits(command: Train) -> data_sets.Splits:
     """The data set, binarized as the likelihood needs it."""
     binarize = command.binarize
     if binarize == "auto":
-        grey = command.likelihood == "bernoulli" and command.data != "binarized-mnist" and command.model not in REAL
+        grey = command.likelihood == "bernoulli" and command.data not in BINARY and command.model not in REAL
         binarize = "dynamic" if grey else "none"
     needs_labels = command.model == "m2" or (command.model == "conditional" and command.given == "class")
-    return data_sets.load(
+    splits = data_sets.load(
         command.data, binarize, labels=needs_labels or command.data in sources.LABELLED, seed=command.seed
     )
+    if ("lengths" in splits.train.tensors) != (command.model in SEQUENTIAL):
+        kind = "sequences, as jsb-chorales," if command.model in SEQUENTIAL else "single data, no sequences,"
+        raise ValueError(f"Expected --data of {kind} with --model {command.model}; got {command.data}")
+    return splits
 
 
 def of_part(command: Train, splits: data_sets.Splits, part: str) -> data_sets.Data:
     """One part of the data, as the program takes it when it is measured: without labels, with its conditions."""
     data = getattr(splits, part)
+    if command.model in SEQUENTIAL:
+        return data.select("x", "lengths")
     if command.model != "conditional":
         return data.select("x")
     if command.given != "class":
@@ -127,6 +139,8 @@ def program_of(command: Train, splits: data_sets.Splits) -> tuple[LatentModel, d
         labeled, train = data_sets.split_labels(splits.train, command.labels // num_classes(splits), command.seed)
         data = {"train": train, "val": splits.val, "labeled": labeled}
         return program, data | {"supervised_weight": command.supervised_weight}
+    if command.model in SEQUENTIAL and not command.compile:
+        data["train"] = data_sets.Data(train.tensors, dynamic=train.dynamic, show=trim, check=False)
     return program, data
 
 
@@ -208,6 +222,29 @@ def _conditional(command: Train, splits: data_sets.Splits, x: Tensor) -> LatentM
     return program
 
 
+def _deep_markov(command: Train, splits: data_sets.Splits, x: Tensor) -> LatentModel:
+    program = models.DeepMarkovModel.mlp(
+        x.shape[-1], command.z_dim, command.hidden, rnn_dim=command.rnn, cell="gru", **_families(command)
+    )
+    program.likelihood.start_at(_mean_step(splits))
+    return program
+
+
+def _linear_state_space(command: Train, splits: data_sets.Splits, x: Tensor) -> LatentModel:
+    return models.LinearGaussianStateSpace(x.shape[-1], command.z_dim)
+
+
+def _hidden_markov(command: Train, splits: data_sets.Splits, x: Tensor) -> LatentModel:
+    program = models.HiddenMarkovModel.linear(x.shape[-1], command.states, LIKELIHOODS[command.likelihood])
+    program.likelihood.start_at(_mean_step(splits))
+    return program
+
+
+def _mean_step(splits: data_sets.Splits) -> Tensor:
+    """The mean of all steps of all training sequences."""
+    return splits.train["x"].sum((0, 1)) / splits.train["lengths"].sum()
+
+
 _MODELS: dict[str, Callable[[Train, data_sets.Splits, Any], LatentModel]] = {
     "vae": _vae,
     "auxiliary": _auxiliary,
@@ -217,6 +254,9 @@ _MODELS: dict[str, Callable[[Train, data_sets.Splits, Any], LatentModel]] = {
     "mixture-vae": _mixture_vae,
     "hierarchical": _hierarchical,
     "conditional": _conditional,
+    "deep-markov": _deep_markov,
+    "linear-state-space": _linear_state_space,
+    "hidden-markov": _hidden_markov,
 }
 
 

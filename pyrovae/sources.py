@@ -1,6 +1,7 @@
 """Where data sets come from: embedded, from files, or downloaded once and verified. Arrays as they are stored."""
 
 import gzip
+import json
 import math
 import os
 import struct
@@ -8,7 +9,7 @@ import zipfile
 import zlib
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,12 +35,20 @@ IDX_SOURCES: dict[str, tuple[str, dict[str, str]]] = {
     ),
 }
 LABELLED = ("digits", *IDX_SOURCES)
-NAMES = ("digits", *IDX_SOURCES, "binarized-mnist", "frey-faces")
-Part = tuple[np.ndarray, np.ndarray | None]
+NAMES = ("digits", *IDX_SOURCES, "binarized-mnist", "frey-faces", "jsb-chorales")
+LOWEST, HIGHEST = 21, 108  # the keys of a piano, as MIDI counts pitches
+
+
+class Part(NamedTuple):
+    """Data `(N, ...)`, their labels `(N,)`, if any, and their lengths `(N,)`, where data are sequences `(N, T, D)`."""
+
+    x: np.ndarray
+    y: np.ndarray | None = None
+    lengths: np.ndarray | None = None
 
 
 def read(name: str) -> list[Part]:
-    """Training, validation and test data `(N, ...)` with their labels `(N,)`, if any, of a known set or a file.
+    """Training, validation and test data of a known set or a file.
 
     Raises:
         ValueError: for an unknown name, or a file of the wrong kind.
@@ -56,10 +65,12 @@ def read(name: str) -> list[Part]:
     elif name == "binarized-mnist":
         archive = _known_arrays(name, "binarized_mnist.npz", "train", "valid", "test")
         bits = [np.unpackbits(part, axis=1).reshape(-1, 28, 28) for part in archive]
-        parts = [(part.astype(np.float32), None) for part in bits]
+        parts = [Part(part.astype(np.float32)) for part in bits]
     elif name == "frey-faces":
         (images,) = _known_arrays(name, "frey_faces.npz", "images")
-        parts = [(part, None) for part in np.split(images, [int(0.8 * len(images)), int(0.9 * len(images))])]
+        parts = [Part(part) for part in np.split(images, [int(0.8 * len(images)), int(0.9 * len(images))])]
+    elif name == "jsb-chorales":
+        parts = _read_chorales(_known_file(name, "jsb-chorales-quarter.json"))
     elif Path(name).suffix in (".npy", ".npz"):
         parts = _read_own(Path(name))
     else:
@@ -69,11 +80,11 @@ def read(name: str) -> list[Part]:
     return parts
 
 
-def _cut_at_random(x: np.ndarray, y: np.ndarray | None) -> list[Part]:
+def _cut_at_random(x: np.ndarray, y: np.ndarray | None, lengths: np.ndarray | None = None) -> list[Part]:
     order = np.random.default_rng(0).permutation(len(x))
     held_out = math.ceil(len(x) / 10)
     cuts = np.split(order, [len(x) - 2 * held_out, len(x) - held_out])
-    return [(x[cut], None if y is None else y[cut]) for cut in cuts]
+    return [Part(x[cut], *(None if each is None else each[cut] for each in (y, lengths))) for cut in cuts]
 
 
 def _read_own(path: Path) -> list[Part]:
@@ -86,7 +97,7 @@ def _read_own(path: Path) -> list[Part]:
         parts = [arrays[part] for part in ("train", "valid", "test")]
         if len({part.shape[1:] for part in parts}) != 1:
             raise ValueError(f"Expected parts of one datum's shape in {path}; got {[part.shape for part in parts]}")
-        return [(part, None) for part in parts]
+        return [Part(part) for part in parts]
     if "x" not in arrays:
         raise ValueError(f"Expected {path} to hold train, val and test, or x; got {', '.join(arrays) or 'nothing'}")
     x, y = arrays["x"], arrays.get("y")
@@ -94,7 +105,36 @@ def _read_own(path: Path) -> list[Part]:
         raise ValueError(f"Expected at least 10 data in an array (N, ...); got shape {x.shape} in {path}")
     if y is not None and (y.shape != x.shape[:1] or y.dtype.kind not in "iu"):
         raise ValueError(f"Expected whole-number labels y of shape {x.shape[:1]}; got {y.dtype} {y.shape} in {path}")
-    return _cut_at_random(x, y)
+    lengths = arrays.get("lengths")
+    if lengths is not None and (x.ndim != 3 or lengths.shape != x.shape[:1] or lengths.dtype.kind not in "iu"):
+        raise ValueError(
+            f"Expected sequences x (N, T, D) and whole-number lengths (N,); "
+            f"got {x.shape} and {lengths.dtype} {lengths.shape} in {path}"
+        )
+    return _cut_at_random(x, y, lengths)
+
+
+def _read_chorales(path: Path) -> list[Part]:
+    """Chords, lists of MIDI pitches, as piano rolls: 88 keys at each step."""
+    try:
+        chorales = json.loads(path.read_text())
+        return [_piano_rolls(chorales[part]) for part in ("train", "valid", "test")]
+    except (ValueError, TypeError, KeyError, IndexError) as error:
+        raise ValueError(
+            f"Expected train, valid and test, lists of lists of chords, in {path}; got {error!r}"
+        ) from error
+
+
+def _piano_rolls(sequences: list[list[list[float]]]) -> Part:
+    lengths = np.array([len(chords) for chords in sequences])
+    rolls = np.zeros((len(sequences), lengths.max(), HIGHEST - LOWEST + 1), np.float32)
+    for roll, chords in zip(rolls, sequences, strict=True):
+        for step, chord in zip(roll, chords, strict=False):
+            keys = [int(pitch) - LOWEST for pitch in chord]
+            if keys and not 0 <= min(keys) <= max(keys) < len(step):
+                raise ValueError(f"pitches {chord}, not all from {LOWEST} to {HIGHEST}")
+            step[keys] = 1
+    return Part(rolls, lengths=lengths)
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
@@ -140,9 +180,9 @@ def _read_idx_set(name: str) -> list[Part]:
         images.append(_read_idx(_idx_file(name, f"{part}-images-idx3-ubyte.gz")))
         labels.append(_read_idx(_idx_file(name, f"{part}-labels-idx1-ubyte.gz")))
     return [
-        (images[0][:50_000], labels[0][:50_000]),
-        (images[0][50_000:], labels[0][50_000:]),
-        (images[1], labels[1]),
+        Part(images[0][:50_000], labels[0][:50_000]),
+        Part(images[0][50_000:], labels[0][50_000:]),
+        Part(images[1], labels[1]),
     ]
 
 

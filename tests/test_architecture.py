@@ -24,7 +24,7 @@ FLOORS = [
     ("models", "bounds", "schedules", "symptoms"),
     ("checkpoint", "check", "objectives", "draws", "supervision"),
     ("evaluate", "compare", "run"),
-    ("fit", "plots"),
+    ("fit", "plots", "music"),
     ("recipes",),
     ("cli",),
 ]

@@ -84,22 +84,39 @@ MODELS = {
     "mixture-vae": ("--clusters", "4", "--pretrain", "1"),
     "mixture": ("--covariance", "full", "--clusters", "5"),
     "linear-gaussian": (),
+    "deep-markov": ("--rnn", "4", "--weight-decay", "0.1"),
+    "linear-state-space": (),
+    "hidden-markov": ("--states", "3"),
 }
+SEQUENTIAL = ("deep-markov", "linear-state-space", "hidden-markov")
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_trains_resumes_and_is_measured(name, monkeypatch, tmp_path):
     out = tmp_path / "run"
     sizes = {"hierarchical": SMALL[:4] + SMALL[6:], "mixture": SMALL[:2] + SMALL[6:],
-             "linear-gaussian": SMALL[:2] + SMALL[4:]}  # fmt: skip
-    run(monkeypatch, "train", "--model", name.split()[0], *sizes.get(name, SMALL), *MODELS[name], "--out", out)
+             "linear-gaussian": SMALL[:2] + SMALL[4:], "linear-state-space": SMALL[:2] + SMALL[4:],
+             "hidden-markov": SMALL[:2] + SMALL[6:]}  # fmt: skip
+    options, size = MODELS[name], 48 if "quadrant" in name else 64
+    if name in SEQUENTIAL:
+        options, size = (*options, "--data", sequences_file(tmp_path)), 3
+    run(monkeypatch, "train", "--model", name.split()[0], *sizes.get(name, SMALL), *options, "--out", out)
     result = json.loads((out / "evaluation.json").read_text())
     assert all(value is not None for value in result["per_datum"]["log_px"])
     assert ("nmi" in result) == name.startswith("mixture")
     run(monkeypatch, "train", "--out", out, "--resume", "--epochs", "3")
     assert len((out / "metrics.csv").read_text().splitlines()) == 4
     run(monkeypatch, "sample", out, "--n", "4", "--npy", tmp_path / "x.npy")
-    assert np.load(tmp_path / "x.npy").shape == (4, 48 if "quadrant" in name else 64)
+    drawn = np.load(tmp_path / "x.npy")
+    assert (len(drawn), drawn.shape[-1]) == (4, size)
+
+
+def sequences_file(folder):
+    rng = np.random.default_rng(0)
+    x, lengths = rng.integers(0, 2, (60, 5, 3)).astype(np.float32), rng.integers(1, 6, 60)
+    lengths[[0, -1]] = 5
+    np.savez(folder / "sequences.npz", x=x, lengths=np.where(np.arange(60) % 5 == 0, 5, lengths))
+    return folder / "sequences.npz"
 
 
 def test_every_model_of_the_library_has_a_name():
@@ -114,6 +131,9 @@ def test_every_model_of_the_library_has_a_name():
     [
         (("--model", "mixture", "--posterior", "iaf"), "Expected --posterior with --model vae or .*; got iaf with"),
         (("--layers", "5", "5"), r"Expected --layers with --model hierarchical alone; got \(5, 5\) with --model vae"),
+        (("--model", "hidden-markov"), "Expected --data of sequences, as jsb-chorales, .* hidden-markov; got digits"),
+        (("--model", "deep-markov", "--rnn", "0"), "Expected --rnn to be positive; got 0"),
+        (("--states", "3"), "Expected --states with --model hidden-markov alone; got 3 with --model vae"),
         (("--model", "hierarchical", "--layers", "0"), "Expected --layers to be positive; got 0"),
         (("--model", "mixture", "--clusters", "2000"), "datum for each of 2000 clusters, or more; got 1437"),
         (

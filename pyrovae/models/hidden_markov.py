@@ -42,6 +42,8 @@ class HiddenMarkovModel(LatentModel):
         torch.Size([2])
     """
 
+    states: Tensor
+
     def __init__(self, num_states: int, likelihood: Conditional, posterior: RecurrentPosterior | None = None):
         super().__init__()
         _check_sizes(num_states=num_states)
