@@ -121,7 +121,7 @@ def _read_chorales(path: Path) -> list[Part]:
         return [_piano_rolls(chorales[part]) for part in ("train", "valid", "test")]
     except (ValueError, TypeError, KeyError, IndexError) as error:
         raise ValueError(
-            f"Expected train, valid and test, lists of lists of chords, in {path}; got {error!r}"
+            f"Expected {path} to hold train, valid and test, lists of lists of chords; got {error!r}"
         ) from error
 
 

@@ -253,7 +253,11 @@ def test_a_data_folder_that_is_none(tmp_path, monkeypatch, name):
 
 @pytest.mark.parametrize(
     ("name", "file"),
-    [("binarized-mnist", "binarized_mnist/binarized_mnist.npz"), ("frey-faces", "frey_faces/frey_faces.npz")],
+    [
+        ("binarized-mnist", "binarized_mnist/binarized_mnist.npz"),
+        ("frey-faces", "frey_faces/frey_faces.npz"),
+        ("jsb-chorales", "jsb_chorales/jsb-chorales-quarter.json"),
+    ],
 )
 def test_a_data_folder_without_the_file(tmp_path, monkeypatch, name, file):
     with pytest.raises(FileNotFoundError, match=f"Expected {file} .*for '{name}'; got PYROVAE_DATA unset"):
@@ -282,6 +286,21 @@ def test_neither_a_folder_nor_a_network(tmp_path, monkeypatch):
     expected = "Expected fashion-mnist/train-images-idx3-ubyte.gz .*PYROVAE_DATA .*network"
     with pytest.raises(FileNotFoundError, match=expected):
         load("fashion-mnist")
+
+
+def test_own_sequences_keep_their_lengths(tmp_path):
+    x, lengths = np.random.default_rng(0).random((20, 5, 3)), np.arange(20) % 5 + 1
+    path = saved(tmp_path, "own.npz", x=x, lengths=lengths)
+    splits = load(path)
+    assert splits.shape == (3,)
+    assert [part["x"].shape for part in parts(splits)] == [(16, 5, 3), (2, 5, 3), (2, 5, 3)]
+    for part in parts(splits):
+        beyond = torch.arange(5) >= part["lengths"].unsqueeze(1)
+        assert not part["x"][beyond].any()
+        assert part["x"][~beyond].all()
+    for bad in ({"x": x, "lengths": lengths[:3]}, {"x": x[:, 0], "lengths": lengths}, {"x": x, "lengths": x[:, 0, 0]}):
+        with pytest.raises(ValueError, match=r"Expected sequences x \(N, T, D\) and whole-number lengths"):
+            load(saved(tmp_path, "bad.npz", **bad))
 
 
 # --- idx files -------------------------------------------------------------------------------------
