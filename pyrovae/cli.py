@@ -152,7 +152,7 @@ def _pictures(
         pictures["samples"] = _samples(command, program, splits)
         pictures["reconstructions"] = plots.reconstructions(program, few, shape)
     if command.model != "mixture":
-        site = "z1" if command.model == "hierarchical" else "z"
+        site = {"hierarchical": "z1", "draw": "z_1"}.get(command.model, "z")
         pictures["latent_space"] = plots.latent_space(program, shown(test), splits.test.tensors.get("y"), site=site)
     if command.model == "m2":
         pictures["analogies"] = plots.analogies(program, few, shape)

@@ -14,9 +14,9 @@ class Train:
     """Train a latent-variable model, then draw its pictures and measure its log-likelihood on the test data."""
 
     model: Literal[
-        "vae", "auxiliary", "hierarchical", "conditional", "m2", "mixture-vae", "mixture", "linear-gaussian"
+        "vae", "auxiliary", "hierarchical", "conditional", "draw", "m2", "mixture-vae", "mixture", "linear-gaussian"
     ] = "vae"
-    """hierarchical: several layers of latents; conditional: p(x | c); m2: a label that some data have; mixture-vae:
+    """hierarchical: several layers of latents; conditional: p(x | c); draw: glimpses at an image; m2: a label that some data have; mixture-vae:
     latents in clusters; mixture: of Gaussians; auxiliary: one more latent in the guide; linear-gaussian."""
     data: str = "digits"
     """digits, mnist, fashion-mnist, binarized-mnist, frey-faces, or a .npy or .npz file."""
@@ -42,6 +42,14 @@ class Train:
     """hierarchical: the order in which the guide draws the layers."""
     given: Literal["class", "top-left", "top-right", "bottom-left", "bottom-right"] = "class"
     """conditional: c, the class of a datum or a quadrant of its image."""
+    glimpses: int = 10
+    """draw: how many, each with a latent of --z-dim."""
+    units: int = 256
+    """draw: of each LSTM."""
+    read_size: int = 2
+    """draw: filters of a row and of a column of the grid that reads."""
+    write_size: int = 5
+    """draw: of the grid that writes."""
     clusters: int = 10
     """mixture, mixture-vae: how many."""
     covariance: Literal["diagonal", "full"] = "diagonal"

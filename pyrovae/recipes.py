@@ -45,9 +45,9 @@ OWN = {
     "likelihood": ("bernoulli", ("vae", "auxiliary", "m2", "mixture-vae", "hierarchical", "conditional")),
     "posterior": ("diagonal", ("vae", "auxiliary", "m2", "mixture-vae", "conditional")),
     "prior": ("standard", ("vae", "auxiliary", "m2")),
-    "bound": ("elbo", ("vae", "auxiliary", "hierarchical", "conditional", "linear-gaussian")),
-    "free_bits": (None, ("vae", "auxiliary", "hierarchical", "conditional", "linear-gaussian")),
-    "z_dim": (20, ("vae", "auxiliary", "m2", "conditional", "mixture-vae", "linear-gaussian")),
+    "bound": ("elbo", ("vae", "auxiliary", "hierarchical", "conditional", "linear-gaussian", "draw")),
+    "free_bits": (None, ("vae", "auxiliary", "hierarchical", "conditional", "linear-gaussian", "draw")),
+    "z_dim": (20, ("vae", "auxiliary", "m2", "conditional", "mixture-vae", "linear-gaussian", "draw")),
     "hidden": ((200, 200), ("vae", "auxiliary", "m2", "mixture-vae", "hierarchical", "conditional")),
     "guide": ("bottom-up", ("hierarchical",)),
     "layers": ((20, 10), ("hierarchical",)),
@@ -55,6 +55,10 @@ OWN = {
     "covariance": ("diagonal", ("mixture", "mixture-vae")),
     "pretrain": (50, ("mixture-vae",)),
     "given": ("class", ("conditional",)),
+    "glimpses": (10, ("draw",)),
+    "units": (256, ("draw",)),
+    "read_size": (2, ("draw",)),
+    "write_size": (5, ("draw",)),
     "labels": (100, ("m2",)),
     "supervised_weight": (None, ("m2",)),
 }
@@ -70,7 +74,8 @@ def check_options(command: Train) -> None:
                 f"Expected --{name.replace('_', '-')} with --model {' or '.join(owners)} alone; "
                 f"got {value} with --model {command.model}"
             )
-    for name in ("z_dim", "hidden", "layers", "clusters", "pretrain", "num_particles", "labels"):
+    sizes = "z_dim", "hidden", "layers", "clusters", "pretrain", "num_particles", "labels"
+    for name in (*sizes, "glimpses", "units", "read_size", "write_size"):
         value = getattr(command, name)
         smallest = min(value, default=1) if isinstance(value, tuple) else value
         if smallest < 1:
@@ -208,6 +213,11 @@ def _conditional(command: Train, splits: data_sets.Splits, x: Tensor) -> LatentM
     return program
 
 
+def _draw(command: Train, splits: data_sets.Splits, x: Tensor) -> LatentModel:
+    sizes = command.z_dim, command.glimpses, command.units, command.read_size, command.write_size
+    return models.DRAW(splits.shape, *sizes).start_at(x.mean(0))
+
+
 _MODELS: dict[str, Callable[[Train, data_sets.Splits, Any], LatentModel]] = {
     "vae": _vae,
     "auxiliary": _auxiliary,
@@ -217,6 +227,7 @@ _MODELS: dict[str, Callable[[Train, data_sets.Splits, Any], LatentModel]] = {
     "mixture-vae": _mixture_vae,
     "hierarchical": _hierarchical,
     "conditional": _conditional,
+    "draw": _draw,
 }
 
 

@@ -78,6 +78,7 @@ def test_flows_priors_and_bounds(options, monkeypatch, tmp_path):
 MODELS = {
     "auxiliary": (),
     "hierarchical": ("--layers", "4", "3", "--guide", "ladder", "--kl-warmup", "1"),
+    "draw": ("--glimpses", "2", "--units", "8", "--write-size", "3"),
     "conditional": (),
     "conditional of a quadrant": ("--given", "bottom-left"),
     "m2": ("--labels", "20"),

@@ -2,6 +2,7 @@
 
 from pyrovae.models.auxiliary import AuxiliaryVAE as AuxiliaryVAE
 from pyrovae.models.conditional_vae import ConditionalVAE as ConditionalVAE
+from pyrovae.models.draw import DRAW as DRAW
 from pyrovae.models.hierarchical import HierarchicalVAE as HierarchicalVAE
 from pyrovae.models.mixture import GaussianMixture as GaussianMixture
 from pyrovae.models.mixture_vae import GaussianMixtureVAE as GaussianMixtureVAE
