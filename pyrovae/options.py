@@ -16,8 +16,9 @@ class Train:
     model: Literal[
         "vae", "auxiliary", "hierarchical", "conditional", "draw", "m2", "mixture-vae", "mixture", "linear-gaussian"
     ] = "vae"
-    """hierarchical: several layers of latents; conditional: p(x | c); draw: glimpses at an image; m2: a label that some data have; mixture-vae:
-    latents in clusters; mixture: of Gaussians; auxiliary: one more latent in the guide; linear-gaussian."""
+    """hierarchical: several layers of latents; conditional: p(x | c); draw: images painted in glimpses; m2: a
+    label that some data have; mixture-vae: latents in clusters; mixture: of Gaussians; auxiliary: one more latent in
+    the guide; linear-gaussian."""
     data: str = "digits"
     """digits, mnist, fashion-mnist, binarized-mnist, frey-faces, or a .npy or .npz file."""
     binarize: Literal["auto", "none", "dynamic", "static", "threshold"] = "auto"

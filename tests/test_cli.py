@@ -92,14 +92,17 @@ MODELS = {
 def test_every_model_trains_resumes_and_is_measured(name, monkeypatch, tmp_path):
     out = tmp_path / "run"
     sizes = {"hierarchical": SMALL[:4] + SMALL[6:], "mixture": SMALL[:2] + SMALL[6:],
-             "linear-gaussian": SMALL[:2] + SMALL[4:]}  # fmt: skip
+             "linear-gaussian": SMALL[:2] + SMALL[4:], "draw": SMALL[:2] + SMALL[4:]}  # fmt: skip
     run(monkeypatch, "train", "--model", name.split()[0], *sizes.get(name, SMALL), *MODELS[name], "--out", out)
     result = json.loads((out / "evaluation.json").read_text())
     assert all(value is not None for value in result["per_datum"]["log_px"])
     assert ("nmi" in result) == name.startswith("mixture")
     run(monkeypatch, "train", "--out", out, "--resume", "--epochs", "3")
     assert len((out / "metrics.csv").read_text().splitlines()) == 4
+    if name == "draw":
+        (out / "drawing.gif").unlink()
     run(monkeypatch, "sample", out, "--n", "4", "--npy", tmp_path / "x.npy")
+    assert (out / "drawing.gif").exists() == (name == "draw")
     assert np.load(tmp_path / "x.npy").shape == (4, 48 if "quadrant" in name else 64)
 
 
@@ -123,6 +126,8 @@ def test_every_model_of_the_library_has_a_name():
         ),
         (("--model", "mixture", "--z-dim", "3"), "Expected --z-dim with --model vae or .*; got 3 with --model mixture"),
         (("--model", "m2", "--prior", "vamp"), "Expected another --prior with --model m2"),
+        (("--glimpses", "3"), "Expected --glimpses with --model draw alone; got 3 with --model vae"),
+        (("--model", "draw", "--write-size", "0"), "Expected --write-size to be positive; got 0"),
     ],
 )
 def test_options_that_do_not_go_together(options, message, monkeypatch, capsys, tmp_path):
