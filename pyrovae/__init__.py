@@ -24,6 +24,7 @@ from pyrovae.evaluate import classify as classify
 from pyrovae.evaluate import evaluate as evaluate
 from pyrovae.fit import fit as fit
 from pyrovae.functions import as_program as as_program
+from pyrovae.models import DRAW as DRAW
 from pyrovae.models import VAE as VAE
 from pyrovae.models import AuxiliaryVAE as AuxiliaryVAE
 from pyrovae.models import ConditionalVAE as ConditionalVAE

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import tyro
@@ -134,6 +135,7 @@ def _train(command: Train) -> None:
     print(f"best epoch {best['epoch']} of {len(history)}, {found}, {seconds:.0f} s\n")
     for name, figure in _pictures(command, program, splits, history).items():
         _draw(figure, folder / f"{name}.png")
+    _animate(program, splits, folder)
     _evaluate(Evaluate(folder, command.num_particles, compile=command.compile), program)
     ladder = tuple(k for k in Compare.num_particles if k < command.num_particles)
     _compare(Compare(folder, (*ladder, command.num_particles)), program)
@@ -167,7 +169,7 @@ def _pictures(
         pictures["samples"] = _samples(command, program, splits)
         pictures["reconstructions"] = plots.reconstructions(program, few, shape)
     if command.model != "mixture":
-        site = "z1" if command.model == "hierarchical" else "z"
+        site = {"hierarchical": "z1", "draw": "z_1"}.get(command.model, "z")
         pictures["latent_space"] = plots.latent_space(program, shown(test), splits.test.tensors.get("y"), site=site)
     if command.model == "m2":
         pictures["analogies"] = plots.analogies(program, few, shape)
@@ -259,6 +261,7 @@ def _sample(command: Sample) -> None:
     _draw(_samples(stored, program, splits, command.n), command.run / "samples.png")
     if stored.data == "jsb-chorales":
         _write_midi(program, command)
+    _animate(program, splits, command.run, command.n)
     if command.npy is not None:
         given: dict[str, Any] = {}
         if stored.model == "conditional":
@@ -304,6 +307,19 @@ def _spread(length: int, n: int) -> slice:
 
 def _draw(figure: Figure, path: Path) -> None:
     checkpoint.write_whole(path, lambda file: figure.savefig(file, format="png"))
+    print(f"written to {path}")
+
+
+def _animate(program: LatentModel, splits: data_sets.Splits, folder: Path, n: int = 64) -> None:
+    """Write drawing.gif, of a model that draws its images in steps."""
+    if not isinstance(program, models.DRAW):
+        return
+    path = folder / "drawing.gif"
+    animation = plots.drawing(program.canvases(n), splits.shape)
+    with TemporaryDirectory() as beside:  # the ending tells Pillow the format
+        whole = Path(beside) / path.name
+        animation.save(whole, writer="pillow")
+        checkpoint.write_whole(path, lambda file: file.write_bytes(whole.read_bytes()))
     print(f"written to {path}")
 
 

@@ -18,6 +18,7 @@ class Train:
         "auxiliary",
         "hierarchical",
         "conditional",
+        "draw",
         "m2",
         "mixture-vae",
         "mixture",
@@ -26,9 +27,9 @@ class Train:
         "linear-state-space",
         "hidden-markov",
     ] = "vae"
-    """hierarchical: several layers of latents; conditional: p(x | c); m2: a label that some data have; mixture-vae:
-    latents in clusters; mixture: of Gaussians; auxiliary: one more latent in the guide; linear-gaussian. Of sequences:
-    deep-markov, linear-state-space, hidden-markov."""
+    """hierarchical: several layers of latents; conditional: p(x | c); draw: images painted in glimpses; m2: a label
+    that some data have; mixture-vae: latents in clusters; mixture: of Gaussians; auxiliary: one more latent in the
+    guide; linear-gaussian. Of sequences: deep-markov, linear-state-space, hidden-markov."""
     data: str = "digits"
     """digits, mnist, fashion-mnist, binarized-mnist, frey-faces, jsb-chorales, or a .npy or .npz file."""
     binarize: Literal["auto", "none", "dynamic", "static", "threshold"] = "auto"
@@ -53,6 +54,14 @@ class Train:
     """hierarchical: the order in which the guide draws the layers."""
     given: Literal["class", "top-left", "top-right", "bottom-left", "bottom-right"] = "class"
     """conditional: c, the class of a datum or a quadrant of its image."""
+    glimpses: int = 10
+    """draw: how many, each with a latent of --z-dim."""
+    units: int = 256
+    """draw: of each LSTM."""
+    read_size: int = 2
+    """draw: filters of a row and of a column of the grid that reads."""
+    write_size: int = 5
+    """draw: of the grid that writes."""
     clusters: int = 10
     """mixture, mixture-vae: how many."""
     covariance: Literal["diagonal", "full"] = "diagonal"

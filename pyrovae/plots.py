@@ -16,9 +16,14 @@ from pyrovae.quadrants import Quadrant, pixels_of
 from pyrovae.run import score
 
 if TYPE_CHECKING:
+    from matplotlib.animation import FuncAnimation
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from pyrovae.models.draw import Drawing
+
+PAUSE = 6  # frames at an animation's end
 COLORS = ("#1f5fa8", "#d1702c", "#3d8b57", "#8a4f9e")
 
 
@@ -119,6 +124,45 @@ def completions(
     _show(axes, _grid(images.flatten(0, 1), shape, draws + 2))
     axes.set_title("given, completions, truth")
     return figure
+
+
+def drawing(drawing: Drawing, shape: Sequence[int]) -> FuncAnimation:
+    """Images as they are drawn, the rectangle that is written to around each in orange, the one that is read in blue.
+
+    A rectangle ends at the image's edge where its grid does not. `drawing(...).save("drawing.gif", writer="pillow")`
+    keeps the animation, which ends with the images alone.
+
+    Args:
+        drawing: as `DRAW.canvases` and `DRAW.canvases_of` return it.
+        shape: (channels, height, width) of an image.
+    """
+    from matplotlib.animation import FuncAnimation
+    from matplotlib.patches import Rectangle
+
+    steps, n = drawing.images.shape[:2]
+    columns = math.ceil(math.sqrt(n))
+    figure, axes = _figure(5, 5 * math.ceil(n / columns) / columns + 0.4)
+    grids = [_grid(images, shape, columns) for images in drawing.images]
+    _show(axes, grids[0])
+    _, height, width = shape
+    rectangles: list[tuple[Rectangle, Tensor]] = []
+    for windows, color in ((drawing.reads, COLORS[0]), (drawing.writes, COLORS[1])):
+        for i, edges in enumerate([] if windows is None else windows.unbind(1)):
+            inside = torch.minimum(edges.cpu().clamp(min=0), torch.tensor([width, height, width, height]))
+            corner = torch.tensor([i % columns * (width + 1), i // columns * (height + 1)]) + 0.5
+            rectangle = Rectangle((0, 0), 0, 0, fill=False, color=color)
+            rectangles.append((axes.add_patch(rectangle), inside + corner.repeat(2)))
+
+    def show(frame: int) -> list[Artist]:
+        t = min(frame, steps - 1)
+        axes.images[0].set_data(grids[t].squeeze(-1).numpy())
+        for rectangle, edges in rectangles:
+            left, top, right, bottom = edges[t].tolist()
+            rectangle.set(bounds=(left, top, right - left, bottom - top), visible=frame == t)
+        axes.set_title(f"glimpse {t + 1} of {steps}")
+        return [axes.images[0], *(rectangle for rectangle, _ in rectangles)]
+
+    return FuncAnimation(figure, show, frames=steps + PAUSE, interval=250)
 
 
 def latent_space(program: LatentModel, x: Any, y: Tensor | None = None, *, site: str | None = None) -> Figure:

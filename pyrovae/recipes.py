@@ -47,9 +47,9 @@ OWN = {
     "likelihood": ("bernoulli", (*_OF_VECTORS, "hierarchical", "deep-markov", "hidden-markov")),
     "posterior": ("diagonal", (*_OF_VECTORS, "deep-markov")),
     "prior": ("standard", ("vae", "auxiliary", "m2")),
-    "bound": ("elbo", ("vae", "auxiliary", "hierarchical", "conditional", "linear-gaussian", "deep-markov")),
-    "free_bits": (None, ("vae", "auxiliary", "hierarchical", "conditional", "linear-gaussian")),
-    "z_dim": (20, (*_OF_VECTORS, "linear-gaussian", "deep-markov", "linear-state-space")),
+    "bound": ("elbo", ("vae", "auxiliary", "hierarchical", "conditional", "linear-gaussian", "deep-markov", "draw")),
+    "free_bits": (None, ("vae", "auxiliary", "hierarchical", "conditional", "linear-gaussian", "draw")),
+    "z_dim": (20, (*_OF_VECTORS, "linear-gaussian", "draw", "deep-markov", "linear-state-space")),
     "hidden": ((200, 200), (*_OF_VECTORS, "hierarchical", "deep-markov")),
     "rnn": (200, ("deep-markov",)),
     "states": (10, ("hidden-markov",)),
@@ -59,6 +59,10 @@ OWN = {
     "covariance": ("diagonal", ("mixture", "mixture-vae")),
     "pretrain": (50, ("mixture-vae",)),
     "given": ("class", ("conditional",)),
+    "glimpses": (10, ("draw",)),
+    "units": (256, ("draw",)),
+    "read_size": (2, ("draw",)),
+    "write_size": (5, ("draw",)),
     "labels": (100, ("m2",)),
     "supervised_weight": (None, ("m2",)),
 }
@@ -76,7 +80,8 @@ def check_options(command: Train) -> None:
                 f"Expected --{name.replace('_', '-')} with --model {' or '.join(owners)} alone; "
                 f"got {value} with --model {command.model}"
             )
-    for name in ("z_dim", "hidden", "layers", "clusters", "pretrain", "num_particles", "labels", "rnn", "states"):
+    sizes = "z_dim", "hidden", "layers", "clusters", "pretrain", "num_particles", "labels"
+    for name in (*sizes, "glimpses", "units", "read_size", "write_size", "rnn", "states"):
         value = getattr(command, name)
         smallest = min(value, default=1) if isinstance(value, tuple) else value
         if smallest < 1:
@@ -245,6 +250,11 @@ def _mean_step(splits: data_sets.Splits) -> Tensor:
     return splits.train["x"].sum((0, 1)) / splits.train["lengths"].sum()
 
 
+def _draw(command: Train, splits: data_sets.Splits, x: Tensor) -> LatentModel:
+    sizes = command.z_dim, command.glimpses, command.units, command.read_size, command.write_size
+    return models.DRAW(splits.shape, *sizes).start_at(x.mean(0))
+
+
 _MODELS: dict[str, Callable[[Train, data_sets.Splits, Any], LatentModel]] = {
     "vae": _vae,
     "auxiliary": _auxiliary,
@@ -257,6 +267,7 @@ _MODELS: dict[str, Callable[[Train, data_sets.Splits, Any], LatentModel]] = {
     "deep-markov": _deep_markov,
     "linear-state-space": _linear_state_space,
     "hidden-markov": _hidden_markov,
+    "draw": _draw,
 }
 
 

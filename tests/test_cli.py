@@ -78,6 +78,7 @@ def test_flows_priors_and_bounds(options, monkeypatch, tmp_path):
 MODELS = {
     "auxiliary": (),
     "hierarchical": ("--layers", "4", "3", "--guide", "ladder", "--kl-warmup", "1"),
+    "draw": ("--glimpses", "2", "--units", "8", "--write-size", "3"),
     "conditional": (),
     "conditional of a quadrant": ("--given", "bottom-left"),
     "m2": ("--labels", "20"),
@@ -96,7 +97,7 @@ def test_every_model_trains_resumes_and_is_measured(name, monkeypatch, tmp_path)
     out = tmp_path / "run"
     sizes = {"hierarchical": SMALL[:4] + SMALL[6:], "mixture": SMALL[:2] + SMALL[6:],
              "linear-gaussian": SMALL[:2] + SMALL[4:], "linear-state-space": SMALL[:2] + SMALL[4:],
-             "hidden-markov": SMALL[:2] + SMALL[6:]}  # fmt: skip
+             "hidden-markov": SMALL[:2] + SMALL[6:], "draw": SMALL[:2] + SMALL[4:]}  # fmt: skip
     options, size = MODELS[name], 48 if "quadrant" in name else 64
     if name in SEQUENTIAL:
         options, size = (*options, "--data", sequences_file(tmp_path)), 3
@@ -106,7 +107,10 @@ def test_every_model_trains_resumes_and_is_measured(name, monkeypatch, tmp_path)
     assert ("nmi" in result) == name.startswith("mixture")
     run(monkeypatch, "train", "--out", out, "--resume", "--epochs", "3")
     assert len((out / "metrics.csv").read_text().splitlines()) == 4
+    if name == "draw":
+        (out / "drawing.gif").unlink()
     run(monkeypatch, "sample", out, "--n", "4", "--npy", tmp_path / "x.npy")
+    assert (out / "drawing.gif").exists() == (name == "draw")
     drawn = np.load(tmp_path / "x.npy")
     assert (len(drawn), drawn.shape[-1]) == (4, size)
 
@@ -142,6 +146,8 @@ def test_every_model_of_the_library_has_a_name():
         ),
         (("--model", "mixture", "--z-dim", "3"), "Expected --z-dim with --model vae or .*; got 3 with --model mixture"),
         (("--model", "m2", "--prior", "vamp"), "Expected another --prior with --model m2"),
+        (("--glimpses", "3"), "Expected --glimpses with --model draw alone; got 3 with --model vae"),
+        (("--model", "draw", "--write-size", "0"), "Expected --write-size to be positive; got 0"),
     ],
 )
 def test_options_that_do_not_go_together(options, message, monkeypatch, capsys, tmp_path):

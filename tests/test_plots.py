@@ -8,9 +8,10 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from pyrovae import VAE, ConditionalVAE, LinearGaussian, SemiSupervisedVAE, compare, fit, one_hot, plots, quadrant
+from pyrovae import DRAW, VAE, ConditionalVAE, LinearGaussian, SemiSupervisedVAE, compare, fit, one_hot, plots, quadrant
 from pyrovae.compare import Bound, Comparison
 from pyrovae.conditionals import Bernoulli, DiagonalNormal, StandardNormal, UnitNormal
+from pyrovae.models.draw import Drawing
 
 mpl.use("Agg")
 
@@ -319,3 +320,33 @@ def test_the_error_has_a_panel_and_chooses_the_best_epoch():
     curve, dot = figure.axes[3].lines
     assert curve.get_ydata() == pytest.approx([20, 10, 30, 10])
     assert (dot.get_xdata()[0], dot.get_ydata()[0]) == (2, pytest.approx(10))
+
+
+def test_a_drawing_shows_each_canvas_and_the_rectangles_within_it():
+    images = torch.rand(3, 2, 12, generator=torch.Generator().manual_seed(0))
+    writes = torch.tensor([0.5, 1.0, 2.5, 3.0]).expand(3, 2, 4) + torch.arange(3).view(3, 1, 1) / 4
+    reads = torch.tensor([-1.0, -2.0, 8.0, 9.0]).expand(3, 2, 4)
+    animation = plots.drawing(Drawing(images, writes, reads), (1, 3, 4))
+    animation._init_draw()
+    figure = animation._fig
+    assert list(animation.new_frame_seq()) == list(range(3 + plots.PAUSE))
+    for frame in range(3 + plots.PAUSE):
+        animation._draw_frame(frame)
+        t = min(frame, 2)
+        np.testing.assert_array_equal(pixels(figure), by_hand(images[t].view(2, 3, 4, 1).numpy(), 2, 1))
+        assert figure.axes[0].get_title() == f"glimpse {t + 1} of 3"
+        read, written = figure.axes[0].patches[:2], figure.axes[0].patches[2:]
+        assert all(patch.get_visible() == (frame < 3) for patch in (*read, *written))
+        for i, corner in enumerate((0.5, 5.5)):  # the first image's edge lies between two pixels, so at a half
+            assert read[i].get_bbox().extents.tolist() == [corner, 0.5, corner + 4, 3.5]
+            expected = [corner + 0.5 + t / 4, 1.5 + t / 4, corner + 2.5 + t / 4, min(3.5, 3.5 + t / 4)]
+            assert written[i].get_bbox().extents.tolist() == pytest.approx(expected)
+
+
+def test_a_drawing_of_coloured_images_is_kept_as_gif(tmp_path):
+    from PIL import Image
+
+    program = DRAW((3, 4, 5), 2, 2, 6)
+    plots.drawing(program.canvases(3), (3, 4, 5)).save(tmp_path / "a.gif", writer="pillow")
+    with Image.open(tmp_path / "a.gif") as gif:
+        assert gif.n_frames == 3  # two glimpses, and the images alone for as long as the pause

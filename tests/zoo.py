@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pyrovae import (
+    DRAW,
     VAE,
     AuxiliaryVAE,
     ConditionalVAE,
@@ -196,6 +197,7 @@ PROGRAMS |= {
 }
 
 
+PROGRAMS["DRAW"] = Entry(lambda: DRAW((1, 3, 2), z_dim=2, num_glimpses=2, hidden=5, read_size=2, write_size=3), 6, True)
 PROGRAMS["AuxiliaryVAE"] = Entry(lambda: AuxiliaryVAE.mlp(6, 3, (7,), a_dim=2), 6, True)
 
 

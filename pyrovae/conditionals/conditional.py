@@ -38,6 +38,12 @@ def network_dtype() -> torch.dtype | None:
     return _NETWORK_DTYPE.get()
 
 
+def network_autocast(device: torch.device) -> torch.autocast:
+    """Around a network's call: torch's autocast to that dtype, or none."""
+    dtype = network_dtype()
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
 class Conditional(nn.Module, ABC):
     """p(a | parents): a network gives the parameters, a family gives the density.
 
@@ -149,8 +155,7 @@ class Conditional(nn.Module, ABC):
         if not parents:
             return self.net()
         batch_shape = torch.broadcast_shapes(*(parent.shape[:-1] for parent in parents))
-        dtype = network_dtype()
-        with torch.autocast(parents[0].device.type, dtype, enabled=dtype is not None):
+        with network_autocast(parents[0].device):
             if isinstance(self.net, MLP) and any(parent.shape[:-1] != batch_shape for parent in parents):
                 eta = self.net.joined(*parents)
             else:

@@ -2,6 +2,7 @@
 
 from pyrovae.models.auxiliary import AuxiliaryVAE as AuxiliaryVAE
 from pyrovae.models.conditional_vae import ConditionalVAE as ConditionalVAE
+from pyrovae.models.draw import DRAW as DRAW
 from pyrovae.models.hidden_markov import HiddenMarkovModel as HiddenMarkovModel
 from pyrovae.models.hierarchical import HierarchicalVAE as HierarchicalVAE
 from pyrovae.models.linear_state_space import LinearGaussianStateSpace as LinearGaussianStateSpace

@@ -39,6 +39,7 @@ from pyrovae.reference.densities import log_pixels as log_pixels
 from pyrovae.reference.densities import log_standard_normal as log_standard_normal
 from pyrovae.reference.densities import log_unit_normal as log_unit_normal
 from pyrovae.reference.densities import log_vamp as log_vamp
+from pyrovae.reference.draw import draw_elbo as draw_elbo
 from pyrovae.reference.flows import POSTERIORS as POSTERIORS
 from pyrovae.reference.flows import PRIORS as PRIORS
 from pyrovae.reference.gaussians import diagonal_normal as diagonal_normal
