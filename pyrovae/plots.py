@@ -1,4 +1,7 @@
-"""Pictures, each returned as a matplotlib figure: `figure.savefig(path)` keeps it, a notebook shows it."""
+"""Pictures, each returned as a matplotlib figure: `figure.savefig(path)` keeps it, a notebook shows it.
+
+`drawing` returns an animation.
+"""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from pyro.infer import Trace_ELBO
 from torch import nn
 from torch.testing import assert_close
 
-from pyrovae import DRAW, evaluate, fit, log_weights, reference
+from pyrovae import DRAW, CompiledTrace_ELBO, compiled, evaluate, fit, log_weights, reference
 from pyrovae.conditionals.conditional import networks_in
 from pyrovae.models.draw import _lstm
 from pyrovae.traces import sample_sites
@@ -174,6 +174,24 @@ def test_linear_maps_run_in_bfloat16_and_nothing_else():
     assert logits[1].dtype == torch.float32
     assert not torch.equal(*logits)
     assert_close(*logits, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.usefixtures("float64")
+def test_its_graph_has_the_loss_gradients_and_noise_of_the_program(monkeypatch):
+    """The graph as it is traced, run without the C++ compiler, which takes minutes for so many small kernels."""
+    monkeypatch.setattr(compiled, "compile_graph", lambda graph, tensors: graph)
+    program = scattered((1, 4, 3), 2, 2, 5)
+    parameters, elbo = list(program.parameters()), CompiledTrace_ELBO()
+    elbo(program.model, program.guide)(binary(4, 12))  # makes all parameters
+    for x in (binary(4, 12), binary(4, 12)):
+        found = []
+        for each in (elbo, Trace_ELBO()):
+            torch.manual_seed(1)
+            loss = each(program.model, program.guide)(x)
+            found += [[loss, torch.get_rng_state(), *torch.autograd.grad(loss, parameters)]]
+        for ours, theirs in zip(*found, strict=True):
+            assert_close(ours, theirs, rtol=0, atol=1e-10)
+    assert elbo.num_traces == 1
 
 
 @pytest.mark.parametrize(

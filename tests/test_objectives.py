@@ -143,7 +143,6 @@ def slow_unless(*quick):
     "HierarchicalVAE bottom-up",
     "HierarchicalVAE ladder of three",
     "ConditionalVAE",
-    "DRAW",
 )
 def test_programs_of_the_zoo_have_the_loss_gradients_and_noise_of_the_namesake(name):
     assert_as_namesake_on_the_zoo(zoo.PROGRAMS[name], TRACE)

@@ -9,7 +9,7 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
-from pyrovae.conditionals.conditional import Conditional, Distribution, network_dtype
+from pyrovae.conditionals.conditional import Conditional, Distribution, network_autocast
 from pyrovae.conditionals.density import Density
 from pyrovae.conditionals.priors import check_root, no_mean, no_mlp
 from pyrovae.nets import Activation, MaskedMLP, _activation, _check_sizes, _glorot
@@ -168,8 +168,7 @@ class PixelCNN(Conditional):
         """The logits l `(*, dim)` of each value given those before it in x `(*, dim)`."""
         x, eta = torch.broadcast_tensors(x, eta)
         images, etas = x.reshape(-1, *self.image_shape), eta.reshape(-1, *self.image_shape)
-        dtype = network_dtype()
-        with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
+        with network_autocast(x.device):
             added = self.hidden(self.seen(images) + self.context(etas))
         return eta + added.reshape(eta.shape).to(eta.dtype)
 

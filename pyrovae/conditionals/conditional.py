@@ -21,6 +21,8 @@ _NETWORK_DTYPE: ContextVar[torch.dtype | None] = ContextVar("_NETWORK_DTYPE", de
 def networks_in(precision: str) -> Iterator[None]:
     """Run the networks of all Conditionals, never their densities, in bfloat16 (bf16-mixed) or as they are (32-true).
 
+    A program with networks outside its Conditionals puts them into `network_autocast`.
+
     Raises:
         ValueError: for another precision.
     """

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import pyro
 import pyro.poutine as poutine
@@ -15,6 +15,7 @@ from pyrovae.conditionals import Bernoulli, DiagonalNormal, StandardNormal
 from pyrovae.conditionals.conditional import network_autocast
 from pyrovae.nets import _check_sizes
 from pyrovae.program import LatentModel, data_plate
+from pyrovae.traces import sample_sites
 
 State = tuple[Tensor, Tensor]  # of an LSTM: its output h and its cell, each `(*, hidden)`
 
@@ -48,7 +49,8 @@ class DRAW(LatentModel):
     of the canvas, c_0, and those of both LSTMs are learned. Model and guide both run the decoder.
 
     At first the grids tile the whole image, each filter half as wide as its part, and what a patch writes is about as
-    large as the patch; the forget gates begin at a bias of 1. The paper says nothing of either.
+    large as the patch; the forget gates begin at a bias of 1. The paper says nothing of either. In bf16-mixed precision
+    the linear maps are in bfloat16, the attention, the LSTMs' cells and the canvas are not.
 
     The sites are z_1, ..., z_T.
 
@@ -176,7 +178,10 @@ class DRAW(LatentModel):
         """
         _check_sizes(n=n)
         with self.inference():
-            return self._drawing(poutine.trace(self.model).get_trace(self.canvas.new_zeros(n, len(self.canvas))))
+            any_image = self.canvas.new_zeros(
+                n, len(self.canvas)
+            )  # opens the plate, and the latents know nothing of it
+            return self._drawing(poutine.trace(self.model).get_trace(any_image))
 
     def canvases_of(self, x: Tensor) -> Drawing:
         """Images x `(n, D)` as they are drawn anew, z_t ~ q(z_t | z_1, ..., z_{t-1}, x)."""
@@ -186,11 +191,10 @@ class DRAW(LatentModel):
     def _drawing(self, trace: poutine.Trace, reads: bool = False) -> Drawing:
         """The canvases and windows of a trace of model or guide."""
         _, height, width = self.image_shape
-        latents: dict[str, Any] = dict(trace.nodes)
         canvas, state = self.canvas, self._decoder_start()
-        images, looked, written = [], [], []
+        sites, images, looked, written = sample_sites(trace), [], [], []
         for name in self._sites():
-            z = latents[name]["value"]
+            z = sites[name]["value"]
             at = self.read_grid(state[0]).expand(*z.shape[:-1], -1)
             looked.append(attention.window(at, height, width, self.read_size))
             state = _lstm(self.decoder, state, z)

@@ -107,7 +107,6 @@ def _filters(numbers: Tensor, image_shape: Sequence[int], size: int) -> list[Ten
 
 def _filter(center: Tensor, delta: Tensor, log_variance: Tensor, i: int, size: int, pixels: int) -> Tensor:
     mu = center + (i - size / 2 - 0.5) * delta
-    weights = torch.stack(
-        [torch.exp(-((a - mu) ** 2) / (2 * torch.exp(log_variance))) for a in range(1, pixels + 1)], -1
-    )
+    variance = torch.exp(log_variance)
+    weights = torch.stack([torch.exp(-((a - mu) ** 2) / (2 * variance)) for a in range(1, pixels + 1)], -1)
     return weights / weights.sum(-1, keepdim=True)
