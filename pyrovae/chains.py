@@ -1,5 +1,6 @@
 """Draws from the posterior of each datum, by NUTS."""
 
+import math
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from pyrovae.program import LatentModel
 from pyrovae.traces import check_whole, sample_sites
 
 STEP_SIZE = 0.1  # from which the first adaptation begins
+ACCEPTED, GAIN = 0.8, 0.5  # Pyro's target of the acceptance probability; step in log step size towards it
 
 
 class Chains:
@@ -46,11 +48,14 @@ class Chains:
         return -(log_p.sum() + volume)
 
     def move(self, batch: Batch, warmup: int, draws: int) -> dict[str, Tensor]:
-        """Unconstrained draws `(S, N, *)` of a minibatch's latents, after `warmup` in which the step size adapts."""
+        """Unconstrained draws `(S, N, *)` of a minibatch's latents, after `warmup` in which Pyro adapts the step size.
+
+        Without a warm-up the step size moves after the draws, to the acceptance that it should have.
+        """
         index, batch = batch["index"], without("index", batch)
         step_size: Any = self.step_size  # Pyro's annotation asks for a whole number
         potential = partial(self._potential, batch)
-        kernel = NUTS(potential_fn=potential, step_size=step_size, adapt_mass_matrix=False)
+        kernel = NUTS(None, potential, step_size, adapt_step_size=warmup > 0, adapt_mass_matrix=False)
         u = kernel.initial_params = {name: table[index] for name, table in self.u.items()}
         if not bool(torch.isfinite(value := potential(u))):
             raise FloatingPointError(f"Expected a finite log p(x, z) where the chains are; got {-value.item()}")
@@ -61,7 +66,8 @@ class Chains:
             found.append(u)
         for name, table in self.u.items():
             table[index] = u[name]
-        self.step_size = kernel.step_size
+        accepted = float(kernel.logging()["acc. prob"])
+        self.step_size = kernel.step_size if warmup else step_size * math.exp(GAIN * (accepted - ACCEPTED))
         self.divergences += len(kernel.diagnostics()["divergences"])
         return {name: torch.stack([each[name] for each in found[warmup:]]) for name in u}
 

@@ -23,6 +23,7 @@ from pyrovae.run import MEASURING_SEED, History
 from pyrovae.traces import check_whole
 
 Rate = float | Callable[[int], float]
+STARTS = 100  # draws from p(z), at the likeliest of which `fit_guide` begins
 FINAL = 0.01  # learning rate of `fit_guide` at its end, in parts of the first
 
 
@@ -46,9 +47,9 @@ def _epochs(
     best, kept = -math.inf, None
     bar = tqdm(total=epochs * math.ceil(len(data) / batch_size), unit=" steps", mininterval=0.5, disable=not progress)
     for epoch in range(1, epochs + 1):
-        start = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = rate(epoch)
+        start = time.perf_counter()
         for batch in data.batches(batch_size, shuffle=generator):
             loss = step(batch, epoch)
             if not bool(torch.isfinite(loss)):
@@ -190,9 +191,10 @@ def fit_guide(
     """A guide for each of these data, the model left as it is: the E-step of `variational_em` alone, to its end.
 
     It serves for data that training has not seen, and for models that were trained without a guide, as by `mcmc_em`:
-    `evaluate(fit_guide(program, test), indexed(test))`. The learning rate falls geometrically to a hundredth. Of the
-    diagonal Gaussians in unconstrained space it finds the one nearest to p(z | x) in KL(q || p), up to the noise of
-    the last steps, of the order of sqrt(lr / 100) of its own sigma.
+    `evaluate(fit_guide(program, test), indexed(test))`. The means begin at the likeliest of 100 draws from p(z); the
+    learning rate falls geometrically to a hundredth. Of the diagonal Gaussians in unconstrained space it finds one that
+    is nearest to p(z | x) in KL(q || p) among its neighbours (of several modes it holds one), up to the noise of the
+    last steps, of the order of sqrt(lr / 100) of its own sigma.
 
     Args:
         program: a `LatentModel`; its own guide is not used.
@@ -219,6 +221,7 @@ def fit_guide(
         data = prepared(local.eval(), data, "data")
         optimizer = torch.optim.SparseAdam(tables, lr=lr)
         for batch in tqdm(list(data.batches(batch_size)), desc="E-step", disable=not progress):
+            local.start(batch, STARTS)
             for step in range(steps):
                 _e_step(local, batch, elbo or Trace_ELBO(), optimizer, 1, lr * FINAL ** (step / max(1, steps - 1)))
     return local
@@ -229,8 +232,7 @@ def mcmc_em(
     train: Any,
     *,
     draws: int = 5,
-    warmup: int = 10,
-    first_warmup: int = 100,
+    warmup: int = 100,
     epochs: int = 100,
     batch_size: int = 100,
     lr: Rate = 1e-3,
@@ -252,8 +254,8 @@ def mcmc_em(
         program: a `LatentModel`; its guide is neither used nor trained.
         train: in memory, as for `LocalGuide.of`.
         draws: S, transitions of an E-step that count.
-        warmup: transitions before them, in which the step size adapts.
-        first_warmup: likewise in the first epoch, whose chains begin at p(z).
+        warmup: transitions in the first epoch before them, in which the step size adapts; chains begin at p(z).
+            Later it goes on adapting from one E-step to the next, so that the acceptance is 0.8.
         epochs, batch_size, lr, seed, progress: as for `fit`.
 
     Returns:
@@ -270,11 +272,11 @@ def mcmc_em(
     Example:
         >>> from pyrovae import LinearGaussian
         >>> program, x = LinearGaussian(5, 2), torch.randn(20, 5)
-        >>> history = mcmc_em(program, x, epochs=1, first_warmup=5, progress=False)
+        >>> history = mcmc_em(program, x, epochs=1, warmup=5, progress=False)
         >>> sorted(history[-1])
         ['divergences', 'epoch', 'log_joint', 'seconds', 'step_size']
     """
-    _check_settings(None, epochs, batch_size, lr, draws=draws, warmup=warmup, first_warmup=first_warmup)
+    _check_settings(None, epochs, batch_size, lr, draws=draws, warmup=warmup)
     local = LocalGuide.of(program, train)
     with running(program, seed):
         data = prepared(local.eval(), train, "train")
@@ -284,7 +286,7 @@ def mcmc_em(
         def step(batch: Batch, epoch: int) -> Tensor:
             nonlocal total
             program.eval()
-            found = chains.move(batch, first_warmup if epoch == 1 else warmup, draws)
+            found = chains.move(batch, warmup if epoch == 1 else 0, draws)
             program.train()
             loss = chains.loss(batch, found)
             total -= loss.item()

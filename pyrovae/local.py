@@ -15,6 +15,7 @@ from torch.distributions import biject_to
 from torch.distributions.transforms import identity_transform
 
 from pyrovae.data import Batch, Data, as_data, num_rows
+from pyrovae.labels import without
 from pyrovae.program import LatentModel, check_keys
 from pyrovae.survey import Survey
 from pyrovae.traces import check_arguments, check_whole, sample_sites, site_log_prob
@@ -182,7 +183,7 @@ class LocalGuide(LatentModel):
         check_arguments(program)
         data = indexed(data)
         first = next(data.to(device_of(program)).batches(FIRST))
-        return cls(program, latents_of(program, {k: v for k, v in first.items() if k != "index"}), len(data))
+        return cls(program, latents_of(program, without("index", first)), len(data))
 
     def scope(self) -> AbstractContextManager[None]:
         """The program's own, for what `pyro.param` makes in its model is its."""
@@ -206,6 +207,20 @@ class LocalGuide(LatentModel):
                 for frame in latent.frames:
                     stack.enter_context(plates[frame.name])
                 pyro.sample(latent.name, q)
+
+    @torch.no_grad()
+    def start(self, batch: Batch, draws: int) -> None:
+        """Put each mean of a batch at the draw from p(z), of so many, that has the largest p(x, z)."""
+        index, batch = batch["index"], without("index", batch)
+        best = torch.full(index.shape, -math.inf, device=index.device)
+        for _ in range(draws):
+            values = {name: site["value"] for name, site in _latent_sites(self.program, batch).items()}
+            found = log_joint(self.program, batch, values)
+            better = found > best
+            best = torch.where(better, found, best)
+            for latent, table in zip(self.latents, self.mu, strict=True):
+                u = latent.unconstrained(values[latent.name]).reshape(len(index), -1)
+                table.get_parameter("weight")[index[better]] = u[better]
 
     @contextmanager
     def sparse(self) -> Iterator[list[nn.Parameter]]:

@@ -479,6 +479,25 @@ def test_a_local_guide_of_constrained_latents_may_be_the_posterior():
     assert_close(local.encode(indexed(x)), (mean + sigma**2 / 2).exp(), rtol=0.1, atol=0)
 
 
+def test_the_e_step_begins_where_data_are_likely():
+    """Of two modes the one far from the prior's mean holds nearly all of the posterior."""
+
+    class Wells(LatentModel):
+        def __init__(self):
+            super().__init__()
+            self.depth = nn.Parameter(torch.tensor(1.0))
+
+        def model(self, x=None):
+            with data_plate(x):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                mean = self.depth * ((-20 * (z + 1) ** 2).exp() + (-5 * (z - 0.4) ** 2).exp() / 2)
+                return pyro.sample("x", dist.Normal(mean, 0.05), obs=x)
+
+    x = torch.ones(5)
+    local = fit_guide(Wells(), x, **QUIET)
+    assert_close(local.mu[0].weight.detach().squeeze(), -x, rtol=0, atol=0.1)
+
+
 def test_plates_and_supports_are_found():
     program, x = Plates(), torch.randn(5, 4)
     local = LocalGuide.of(program, {"x": x})
@@ -555,11 +574,11 @@ def test_a_program_without_a_guide_learns_by_nuts():
     """The likeliest a of negative binomial counts: E[x] = 2 a."""
     x = dist.GammaPoisson(2.0, 0.5).sample((300,))
     program = Counts()
-    settings = {"batch_size": 300, "warmup": 2, "draws": 3, "first_warmup": 20}
+    settings = {"batch_size": 300, "draws": 3, "warmup": 20}
     mcmc_em(program, x, epochs=60, lr=falling(0.1, 60), **settings, **QUIET)
     exact = x.mean() / 2
     information = 300 * 2 * exact / (1 + exact)  # of log a
-    assert abs(program.log_a.item() - exact.log().item()) < 0.5 / information**0.5
+    assert abs(program.log_a.item() - exact.log().item()) < 1 / information**0.5
 
 
 # Where each way comes to rest
@@ -624,8 +643,7 @@ def by_mcmc_em(p, x, epochs, size, lr):
         p,
         x,
         draws=3,
-        warmup=2,
-        first_warmup=20,
+        warmup=20,
         epochs=epochs,
         batch_size=size,
         lr=lambda epoch: lr(3 * epoch),
@@ -669,7 +687,7 @@ def variational(program, x, **settings):
 
 RUNS = {
     "variational_em": lambda p, x: variational(p, x, epochs=2, batch_size=8, **QUIET),
-    "mcmc_em": lambda p, x: mcmc_em(p, x, epochs=2, batch_size=8, warmup=2, first_warmup=3, draws=2, **QUIET),
+    "mcmc_em": lambda p, x: mcmc_em(p, x, epochs=2, batch_size=8, warmup=3, draws=2, **QUIET),
     "fit_map": lambda p, x: fit_map(p, x, prior=dist.Normal(0.0, 1.0), epochs=2, batch_size=8, **QUIET),
     "fit_guide": lambda p, x: fit_guide(p, x, steps=3, **QUIET),
     "posterior_draws": lambda p, x: posterior_draws(p, x, 2, warmup=2, **QUIET)["z"],
@@ -781,7 +799,7 @@ def test_em_refuses_before_anything_runs(name, make, message):
         (lambda p, x: variational(p, x, elbo=3), "pyro.infer.ELBO"),
         (lambda p, x: mcmc_em(p, x, draws=0), "draws"),
         (lambda p, x: mcmc_em(p, x, warmup=0), "warmup"),
-        (lambda p, x: mcmc_em(p, x, first_warmup=1.5), "first_warmup"),
+        (lambda p, x: mcmc_em(p, x, warmup=1.5), "warmup"),
         (lambda p, x: mcmc_em(p, x, epochs=0), "epochs"),
         (lambda p, x: mcmc_em(p, x, lr=0.0), "lr"),
         (lambda p, x: mcmc_em(p, {"y": x}), "a batch for model"),
@@ -825,4 +843,4 @@ def test_every_way_takes_the_programs_of_the_zoo(entry):
         assert math.isfinite(fit(entry.make(), batch, elbo=elbo, epochs=1, **QUIET)[0]["elbo"])
     program = entry.make()
     variational(program, batch, epochs=1, **QUIET)
-    mcmc_em(program, batch, epochs=1, warmup=1, first_warmup=2, draws=1, **QUIET)
+    mcmc_em(program, batch, epochs=1, warmup=2, draws=1, **QUIET)
