@@ -128,7 +128,9 @@ def fit_map(
     if num_data is None:
         raise ValueError("Expected train of known length with a prior; got an iterable data set")
     with torch.random.fork_rng():
-        first = next(stream(train, FIRST, device=device_of(program), name="train"))
+        first = next(stream(train, FIRST, device=device_of(program), name="train"), None)
+    if first is None:
+        raise ValueError("Expected train to hold at least one datum; got an empty DataLoader")
     survey = Survey.of(program, first, "train")
     if survey.label is not None and settings.get("labels", "enumerate") == "enumerate":
         inner = EnumeratedELBO(inner, survey.label, survey.nesting)

@@ -95,7 +95,8 @@ def variational_em(
 
     Args:
         program: `LocalGuide.of(program, train)`; the model's parameters are those of the program within.
-        train: in memory, as for `LocalGuide.of`.
+        train: in memory, as for `LocalGuide.of`; binarized once, for a datum that is drawn anew at each showing has no
+            posterior of its own.
         val: likewise; a guide of its own gets as many steps on it in each epoch, theta fixed.
         steps: of each E-step.
         local_lr: learning rate of E-steps, or a function that gives it for each epoch.
@@ -252,7 +253,7 @@ def mcmc_em(
 
     Args:
         program: a `LatentModel`; its guide is neither used nor trained.
-        train: in memory, as for `LocalGuide.of`.
+        train: as for `variational_em`.
         draws: S, transitions of an E-step that count.
         warmup: transitions in the first epoch before them, in which the step size adapts; chains begin at p(z).
             Later it goes on adapting from one E-step to the next, so that the acceptance is 0.8.
@@ -267,7 +268,7 @@ def mcmc_em(
         FloatingPointError: where the loss is not finite.
 
     Source:
-        Wei and Tanner (1990); Kingma and Welling (2014), appendix E, where HMC's draws fit a density of log p(x).
+        Wei and Tanner (1990); Kingma and Welling (2014), appendix E, with HMC in the place of NUTS.
 
     Example:
         >>> from pyrovae import LinearGaussian

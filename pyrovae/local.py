@@ -108,7 +108,7 @@ def log_joint(program: LatentModel, batch: Batch, values: dict[str, Tensor]) -> 
     trace = poutine.trace(poutine.condition(program.model, data=values)).get_trace(**batch)
     sites = sample_sites(trace)
     nesting = max(-frame.dim for site in sites.values() for frame in site["cond_indep_stack"] if frame.vectorized)
-    return sum(site_log_prob(program, site, 1, num_rows(batch), nesting)[0] for site in sites.values())  # type: ignore
+    return torch.stack([site_log_prob(program, site, 1, num_rows(batch), nesting)[0] for site in sites.values()]).sum(0)
 
 
 def indexed(data: Any) -> Data:
