@@ -21,6 +21,7 @@ from pyrovae.local import FIRST, LocalGuide, prepared, running
 from pyrovae.program import LatentModel
 from pyrovae.run import MEASURING_SEED, History
 from pyrovae.traces import check_whole
+from pyrovae.wake_sleep import WakeSleep_ELBO
 
 Rate = float | Callable[[int], float]
 STARTS = 100  # draws from p(z), at the likeliest of which `fit_guide` begins
@@ -147,8 +148,9 @@ def variational_em(
         def measure() -> dict[str, float]:
             if val is not None:
                 local, data = parts["val_"]
-                for batch in data.batches(batch_size):
-                    _e_step(local.eval(), batch, bound, inner["val_"], steps, inner[""].param_groups[0]["lr"])
+                with torch.random.fork_rng():  # training draws what it draws without val
+                    for batch in data.batches(batch_size):
+                        _e_step(local.eval(), batch, bound, inner["val_"], steps, inner[""].param_groups[0]["lr"])
             seen = {name: evaluate(*part, 1, seed=MEASURING_SEED, progress=False) for name, part in parts.items()}
             return {f"{name}elbo": found.elbo.mean().item() for name, found in seen.items()}
 
@@ -166,6 +168,8 @@ def _check_settings(elbo: Any, epochs: int, batch_size: int, lr: Rate, **others:
     check_whole(**{name: value for name, value in others.items() if name not in rates})
     if elbo is not None:
         _check_objects(elbo, torch.optim.Adam)
+    if isinstance(elbo, WakeSleep_ELBO) and elbo.phi != "wake":
+        raise ValueError(f"Expected an elbo that needs no dreams, which are no datum's; got phi={elbo.phi!r}")
 
 
 def _e_step(local: LocalGuide, batch: Batch, elbo: Any, optimizer: Any, steps: int, lr: float) -> None:
@@ -248,7 +252,8 @@ def mcmc_em(
     Where it comes to rest: at maximum likelihood, whatever the posterior's shape, since
     d log p(x) / d theta = E_p(z | x)[d log p(x, z) / d theta]  (Fisher's identity). Its errors are that the chains lag
     behind theta, the less so the longer they run and the slower it moves, and the draws' noise in theta; both vanish
-    with the learning rate. There is no bound to validate by: `evaluate(fit_guide(program, test), indexed(test))`
+    with the learning rate. A chain that does not cross from one mode of its posterior to another is an error that
+    stays. There is no bound to validate by: `evaluate(fit_guide(program, test), indexed(test))`
     measures log p(x) after.
 
     Args:

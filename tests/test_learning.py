@@ -544,13 +544,15 @@ def test_a_local_guide_is_saved_and_loaded(tmp_path):
 
 def test_validation_chooses_the_weights():
     x, val = torch.randn(30, 4), torch.randn(12, 4)
-    program = LinearGaussian(4, 2)
+    program, without = LinearGaussian(4, 2), LinearGaussian(4, 2)
+    without.load_state_dict(program.state_dict())
     local = LocalGuide.of(program, x)
-    history = variational_em(local, x, val, epochs=6, lr=lambda epoch: 0.05 if epoch < 4 else 3.0, **QUIET)
+    settings = {"epochs": 6, "lr": lambda epoch: 0.05 if epoch < 4 else 3.0, **QUIET}
+    history = variational_em(local, x, val, **settings)
     best = max(history, key=lambda row: row["val_elbo"])["epoch"]
     assert best < 6
-    again = LinearGaussian(4, 2)
-    again.load_state_dict(program.state_dict())
+    plain = variational_em(LocalGuide.of(without, x), x, **settings)
+    assert [row["elbo"] for row in history] == [row["elbo"] for row in plain]
     assert abs(evaluate(local, indexed(x), 1, **QUIET).elbo.mean().item() - history[best - 1]["elbo"]) < 1e-9
 
 
@@ -807,6 +809,7 @@ def test_em_refuses_before_anything_runs(name, make, message):
         (lambda p, x: variational(p, x, steps=0), "steps"),
         (lambda p, x: variational(p, x, local_lr=-1.0), "local_lr"),
         (lambda p, x: variational(p, x, elbo=3), "pyro.infer.ELBO"),
+        (lambda p, x: variational(p, x, elbo=WakeSleep_ELBO()), "no dreams"),
         (lambda p, x: mcmc_em(p, x, draws=0), "draws"),
         (lambda p, x: mcmc_em(p, x, warmup=0), "warmup"),
         (lambda p, x: mcmc_em(p, x, warmup=1.5), "warmup"),
