@@ -23,14 +23,14 @@ _PARTICLES = "num_particles_vectorized"  # the name of the plate that Pyro's ELB
 class _Traces:
     """A guide's trace, the model's run against it, and what they say of each datum: each cell of all sites' plates."""
 
-    def __init__(self, guide: poutine.Trace, model: poutine.Trace):
+    def __init__(self, guide: poutine.Trace, model: poutine.Trace, reparameterized: bool = True):
         self.guide_trace = guide
         self.guide, self.model = sample_sites(guide), sample_sites(model)
         self.latents = [name for name, site in self.model.items() if not site["is_observed"]]
         check_latents(self.latents, self.guide)
         self.sites = [*self.guide.values(), *self.model.values()]
         for name, site in self.guide.items():
-            if not site["fn"].has_rsample:
+            if reparameterized and not site["fn"].has_rsample:
                 raise ValueError(
                     "Expected reparameterized latents for this bound; "
                     f"got {type(site['fn']).__name__} at site {name!r} of the guide"
@@ -84,6 +84,8 @@ class _Traces:
 class TracedELBO(ELBO):
     """What the bounds share: a loss for Pyro, minus a sum of bounds, from traces of K particles."""
 
+    reparameterized = True  # whether latents must be
+
     def __init__(self, num_particles: int = 1, max_plate_nesting: float = math.inf, vectorize_particles: bool = True):
         check_whole(num_particles=num_particles)
         super().__init__(
@@ -92,7 +94,8 @@ class TracedELBO(ELBO):
 
     def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> _Traces:
         trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        return _Traces(trace, poutine.trace(poutine.replay(model, trace=trace)).get_trace(*args, **kwargs))
+        replayed = poutine.trace(poutine.replay(model, trace=trace)).get_trace(*args, **kwargs)
+        return _Traces(trace, replayed, self.reparameterized)
 
     def _guess_max_plate_nesting(self, model: Program, guide: Program, args: Any, kwargs: Any) -> None:
         """By a first run, which draws its random numbers aside."""

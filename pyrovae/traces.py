@@ -150,6 +150,14 @@ class Unscaled(Messenger):
         msg["scale"] = 1.0
 
 
+class Cut(Messenger):
+    """A handler that cuts latents from the parameters that they were drawn with: log-densities alone have gradients."""
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and isinstance(msg["value"], Tensor):
+            msg["value"] = msg["value"].detach()
+
+
 def replayed_guide(program: LatentModel, batch: Batch) -> tuple[Callable[..., Any], dict[str, Tensor]]:
     """The guide with its latents fixed at one draw, and their values."""
     trace = poutine.trace(program.guide).get_trace(**batch)

@@ -22,10 +22,11 @@ FLOORS = [
     ("functions", "traces", "compiled"),
     ("survey",),
     ("models", "bounds", "schedules", "symptoms"),
-    ("checkpoint", "check", "objectives", "draws", "supervision"),
-    ("evaluate", "compare", "run"),
+    ("checkpoint", "check", "objectives", "draws", "supervision", "wake_sleep", "local"),
+    ("evaluate", "compare", "run", "chains"),
     ("fit", "plots", "music"),
-    ("recipes",),
+    ("fit_map",),
+    ("recipes", "learning"),
     ("cli",),
 ]
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
