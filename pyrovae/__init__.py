@@ -7,7 +7,6 @@ from pyrovae import reference as reference
 from pyrovae.bounds import IWAE_ELBO as IWAE_ELBO
 from pyrovae.bounds import STL_ELBO as STL_ELBO
 from pyrovae.bounds import FreeBits_ELBO as FreeBits_ELBO
-from pyrovae.chains import posterior_draws as posterior_draws
 from pyrovae.check import Finding as Finding
 from pyrovae.check import Report as Report
 from pyrovae.check import check as check
@@ -24,13 +23,15 @@ from pyrovae.evaluate import Evaluation as Evaluation
 from pyrovae.evaluate import classify as classify
 from pyrovae.evaluate import evaluate as evaluate
 from pyrovae.fit import fit as fit
-from pyrovae.fit_map import fit_map as fit_map
 from pyrovae.functions import as_program as as_program
+from pyrovae.learning import LocalGuide as LocalGuide
+from pyrovae.learning import WakeSleep_ELBO as WakeSleep_ELBO
 from pyrovae.learning import fit_guide as fit_guide
+from pyrovae.learning import fit_map as fit_map
+from pyrovae.learning import indexed as indexed
 from pyrovae.learning import mcmc_em as mcmc_em
+from pyrovae.learning import posterior_draws as posterior_draws
 from pyrovae.learning import variational_em as variational_em
-from pyrovae.local import LocalGuide as LocalGuide
-from pyrovae.local import indexed as indexed
 from pyrovae.models import DRAW as DRAW
 from pyrovae.models import VAE as VAE
 from pyrovae.models import AuxiliaryVAE as AuxiliaryVAE
@@ -60,4 +61,3 @@ from pyrovae.schedules import Cyclical as Cyclical
 from pyrovae.schedules import Linear as Linear
 from pyrovae.sequences import pad as pad
 from pyrovae.survey import log_weights as log_weights
-from pyrovae.wake_sleep import WakeSleep_ELBO as WakeSleep_ELBO

@@ -22,10 +22,9 @@ FLOORS = [
     ("functions", "traces", "compiled"),
     ("survey",),
     ("models", "bounds", "schedules", "symptoms"),
-    ("checkpoint", "check", "objectives", "draws", "supervision", "wake_sleep", "local"),
-    ("evaluate", "compare", "run", "chains"),
+    ("checkpoint", "check", "objectives", "draws", "supervision"),
+    ("evaluate", "compare", "run"),
     ("fit", "plots", "music"),
-    ("fit_map",),
     ("recipes", "learning"),
     ("cli",),
 ]

@@ -38,7 +38,7 @@ from pyrovae import (
 )
 from pyrovae.conditionals import DiagonalNormal, FullNormal, UnitNormal, VampPrior
 from pyrovae.data import Data
-from pyrovae.fit_map import _WithPrior, model_parameters
+from pyrovae.learning.map import _WithPrior, model_parameters
 from pyrovae.objectives import CompiledLoss
 
 pytestmark = pytest.mark.usefixtures("float64")

@@ -11,17 +11,17 @@ from pyro.infer import ELBO, Trace_ELBO
 from torch import Tensor
 from tqdm import tqdm
 
-from pyrovae.chains import Chains
 from pyrovae.data import Batch, Data
 from pyrovae.evaluate import evaluate
 from pyrovae.fit import _check_objects, _check_positive
-from pyrovae.fit_map import model_parameters
 from pyrovae.labels import without
-from pyrovae.local import FIRST, LocalGuide, prepared, running
+from pyrovae.learning.chains import Chains
+from pyrovae.learning.local import FIRST, LocalGuide, prepared, running
+from pyrovae.learning.map import model_parameters
+from pyrovae.learning.wake_sleep import WakeSleep_ELBO
 from pyrovae.program import LatentModel
 from pyrovae.run import MEASURING_SEED, History
 from pyrovae.traces import check_whole
-from pyrovae.wake_sleep import WakeSleep_ELBO
 
 Rate = float | Callable[[int], float]
 STARTS = 100  # draws from p(z), at the likeliest of which `fit_guide` begins

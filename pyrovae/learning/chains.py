@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from pyrovae.data import Batch, Data
 from pyrovae.labels import without
-from pyrovae.local import Latent, LocalGuide, log_joint, prepared, running
+from pyrovae.learning.local import Latent, LocalGuide, log_joint, prepared, running
 from pyrovae.program import LatentModel
 from pyrovae.traces import check_whole, sample_sites
 
