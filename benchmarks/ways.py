@@ -130,9 +130,11 @@ def main(options: Options) -> None:
         means[name] = {key: [row[key] for row in rows] for key in columns}
     print(f"\n{'':32}" + "".join(f"{key:>12}" for key in columns))
     for name, found in means.items():
-        print(f"{name:32}" + "".join(f"{statistics.fmean(found[key]):12.2f}" for key in columns))
-        if len(options.seeds) > 1:
-            print(f"{'  (spread of seeds)':32}" + "".join(f"{statistics.stdev(found[key]):12.2f}" for key in columns))
+        known = {key: "nan" not in map(str, found[key]) for key in columns}  # a way without an encoder has no test_own
+        for title, figure in ((name, statistics.fmean), ("  (spread of seeds)", statistics.stdev)):
+            if figure is statistics.fmean or len(options.seeds) > 1:
+                cells = [f"{figure(found[key]):.2f}" if known[key] else "-" for key in columns]
+                print(f"{title:32}" + "".join(f"{cell:>12}" for cell in cells))
 
 
 if __name__ == "__main__":
