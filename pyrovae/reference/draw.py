@@ -71,42 +71,31 @@ def lstm(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attended(image: Tensor, numbers: Tensor, image_shape: Sequence[int], size: int) -> Tensor:
-    """gamma sum_ba F_Y[i, b] image[b, a] F_X[j, a], filter by filter, `(*, C * N * N)`  (eq. 27)."""
-    pixels = image.unflatten(-1, tuple(image_shape))
-    gamma = torch.exp(numbers[..., 4])
-    seen = [
-        gamma * (pixels[..., channel, :, :] * filter_ij).sum((-2, -1))
-        for channel in range(image_shape[0])
-        for filter_ij in _filters(numbers, image_shape, size)
-    ]
-    return torch.stack(seen, -1)
+    """gamma sum_ba F_Y[i, b] image[c, b, a] F_X[j, a], `(*, C * N * N)`  (eq. 27)."""
+    f_y, f_x = _filters(numbers, image_shape, size)
+    seen = torch.einsum("...ib,...cba,...ja->...cij", f_y, image.unflatten(-1, tuple(image_shape)), f_x)
+    return (torch.exp(numbers[..., 4, None, None, None]) * seen).flatten(-3)
 
 
 def written(patch: Tensor, numbers: Tensor, image_shape: Sequence[int], size: int) -> Tensor:
-    """(1 / gamma) sum_ij F_Y[i, b] w[i, j] F_X[j, a], filter by filter, `(*, C * H * W)`  (eq. 29)."""
-    values = patch.unflatten(-1, (image_shape[0], size * size))
-    gamma = torch.exp(numbers[..., 4, None, None])
-    channels = []
-    for channel in range(image_shape[0]):
-        image = torch.zeros(())
-        for k, filter_ij in enumerate(_filters(numbers, image_shape, size)):
-            image = image + values[..., channel, k, None, None] * filter_ij / gamma
-        channels.append(image)
-    return torch.stack(channels, -3).flatten(-3)
+    """(1 / gamma) sum_ij F_Y[i, b] w[c, i, j] F_X[j, a], `(*, C * H * W)`  (eq. 29)."""
+    f_y, f_x = _filters(numbers, image_shape, size)
+    image = torch.einsum("...ib,...cij,...ja->...cba", f_y, patch.unflatten(-1, (image_shape[0], size, size)), f_x)
+    return (image / torch.exp(numbers[..., 4, None, None, None])).flatten(-3)
 
 
-def _filters(numbers: Tensor, image_shape: Sequence[int], size: int) -> list[Tensor]:
-    """F_Y[i, b] F_X[j, a], each `(*, H, W)`, i and then j from 1 to N  (eq. 19 to 26)."""
+def _filters(numbers: Tensor, image_shape: Sequence[int], size: int) -> tuple[Tensor, Tensor]:
+    """F_Y[i, b] and F_X[j, a], i and j from 1 to N  (eq. 19 to 26)."""
     _, height, width = image_shape
     g_x, g_y, log_variance, log_delta, _ = numbers.unbind(-1)
     delta = (max(width, height) - 1) / max(size - 1, 1) * torch.exp(log_delta)
     columns = [_filter((width + 1) / 2 * (g_x + 1), delta, log_variance, j, size, width) for j in range(1, size + 1)]
     rows = [_filter((height + 1) / 2 * (g_y + 1), delta, log_variance, i, size, height) for i in range(1, size + 1)]
-    return [row.unsqueeze(-1) * column.unsqueeze(-2) for row in rows for column in columns]
+    return torch.stack(rows, -2), torch.stack(columns, -2)
 
 
 def _filter(center: Tensor, delta: Tensor, log_variance: Tensor, i: int, size: int, pixels: int) -> Tensor:
-    mu = center + (i - size / 2 - 0.5) * delta
-    variance = torch.exp(log_variance)
-    weights = torch.stack([torch.exp(-((a - mu) ** 2) / (2 * variance)) for a in range(1, pixels + 1)], -1)
+    mu = (center + (i - size / 2 - 0.5) * delta).unsqueeze(-1)
+    a = torch.arange(1, pixels + 1, dtype=mu.dtype, device=mu.device)
+    weights = torch.exp(-((a - mu) ** 2) / (2 * torch.exp(log_variance).unsqueeze(-1)))
     return weights / weights.sum(-1, keepdim=True)
