@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pyrovae.reference.densities import Density, Net, Posterior, log_bernoulli, log_diagonal_normal
+from pyrovae.reference.densities import Density, Net, Posterior, log_bernoulli, log_diagonal_normal, log_standard_normal
 from pyrovae.reference.gaussians import diagonal_normal
 
 
@@ -94,18 +94,23 @@ def kalman_filter(
         if t > 0:
             mean = mean @ transition.T
             covariance = transition @ covariance @ transition.T + transition_covariance
-        p_x = torch.distributions.MultivariateNormal(
-            mean @ emission.T + bias, emission @ covariance @ emission.T + emission_covariance
-        )
         seen = (t < lengths).unsqueeze(-1)
-        gain = torch.linalg.solve(p_x.covariance_matrix, emission @ covariance).mT
-        error = (x[:, t] - p_x.mean).unsqueeze(-1)
-        log_px = log_px + torch.where(seen[:, 0], p_x.log_prob(torch.where(seen, x[:, t], p_x.mean)), 0)
-        mean = torch.where(seen, mean + (gain @ error).squeeze(-1), mean)
+        innovation = emission @ covariance @ emission.T + emission_covariance
+        error = torch.where(seen, x[:, t] - mean @ emission.T - bias, 0)
+        log_px = log_px + torch.where(seen[:, 0], _log_centered_normal(error, innovation), 0)
+        gain = torch.linalg.solve(innovation, emission @ covariance).mT
+        mean = mean + (gain @ error.unsqueeze(-1)).squeeze(-1)
         covariance = torch.where(seen.unsqueeze(-1), covariance - gain @ emission @ covariance, covariance)
         means.append(mean)
         covariances.append(covariance)
     return log_px, torch.stack(means, 1), torch.stack(covariances, 1)
+
+
+def _log_centered_normal(error: Tensor, covariance: Tensor) -> Tensor:
+    """log N(error; 0, covariance), by the Cholesky factor."""
+    scale = torch.linalg.cholesky(covariance)
+    eps = torch.linalg.solve_triangular(scale, error.unsqueeze(-1), upper=False).squeeze(-1)
+    return log_standard_normal(eps) - scale.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
 
 def kalman_smoother(x: Tensor, lengths: Tensor, **parameters: Tensor) -> tuple[Tensor, Tensor]:
