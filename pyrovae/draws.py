@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from pyrovae.compiled import Compile, Compiled
 from pyrovae.data import Batch, as_data, count, num_rows, stream
-from pyrovae.program import LatentModel
+from pyrovae.program import LatentModel, device_of
 from pyrovae.sequences import trim
 from pyrovae.survey import Enumerated, Survey, draw
 
@@ -137,7 +137,7 @@ class Plan:
             if size is not None and size < 1:
                 raise ValueError(f"Expected {name} to be at least 1; got {size}")
         data = as_data(data)
-        batches = stream(data, device=next((p.device for p in program.parameters()), None))
+        batches = stream(data, device=device_of(program))
         first = next(batches, None)
         if first is None:
             raise ValueError("Expected data to hold at least one datum; got an empty DataLoader")

@@ -97,7 +97,7 @@ class LatentModel(nn.Module):
         for key, value in given.items():
             if isinstance(value, Tensor) and value.dim() and len(value) != n:
                 raise ValueError(f"Expected {key} to have n={n} rows, one for each datum; got {tuple(value.shape)}")
-        device = next((p.device for p in self.parameters()), None)
+        device = device_of(self)
         fixed = {
             key: value.to(device) if isinstance(value, Tensor) else torch.full((n,), value, device=device)
             for key, value in given.items()
@@ -206,7 +206,7 @@ class LatentModel(nn.Module):
         return site, label
 
     def _on_device(self, x: Any, *functions: Callable[..., Any]) -> Batch:
-        device = next((p.device for p in self.parameters()), None)
+        device = device_of(self)
         batch = {key: value.to(device) for key, value in as_batch(x, "x").items()}
         check_keys(batch, *functions)
         return batch
@@ -272,6 +272,11 @@ class LatentModel(nn.Module):
         constraints = {name: value for name, value in state["constraints"].items() if name in kept}
         if constraints != self._constraints:  # what is compiled watches over this dict
             self._constraints = constraints
+
+
+def device_of(program: nn.Module) -> torch.device | None:
+    """Where a program's parameters are; None for one that has none."""
+    return next((p.device for p in program.parameters()), None)
 
 
 def check_keys(batch: Batch, *functions: Callable[..., Any]) -> None:

@@ -6,6 +6,17 @@ import torch
 from torch import Tensor
 
 
+def step_mask(lengths: Tensor, num_steps: int) -> Tensor:
+    """Which steps belong to sequences of these lengths `(*)`: `(*, T)`, bool.
+
+    Example:
+        >>> step_mask(torch.tensor([1, 3]), 3).int()
+        tensor([[1, 0, 0],
+                [1, 1, 1]], dtype=torch.int32)
+    """
+    return torch.arange(num_steps, device=lengths.device) < lengths.unsqueeze(-1)
+
+
 def pad(sequences: Sequence[Tensor]) -> dict[str, Tensor]:
     """Sequences `(T_i, D)` as the batch `{"x": (N, T, D), "lengths": (N,)}`, T the longest, zeros behind each end.
 
@@ -63,8 +74,7 @@ def ended(batch: dict[str, Tensor], name: str) -> dict[str, Tensor]:
         raise ValueError(
             f"Expected {name}['lengths'] from 1 to {x.shape[1]}, the steps of x; got {int(lengths[where])} at {where}"
         )
-    beyond = torch.arange(x.shape[1], device=x.device) >= lengths.unsqueeze(-1)
-    return {**batch, "x": x.masked_fill(beyond.unsqueeze(-1), 0)}
+    return {**batch, "x": x.masked_fill(~step_mask(lengths, x.shape[1]).unsqueeze(-1), 0)}
 
 
 def are_sequences(batch: dict[str, Tensor]) -> bool:

@@ -15,7 +15,8 @@ from pyrovae.traces import replayed_guide
 
 PACKAGE = Path(pyrovae.__file__).parent
 FLOORS = [
-    ("nets", "reference", "weights", "sources", "watch", "inductor", "options", "clustering", "sequences", "attention"),
+    ("sequences",),
+    ("nets", "reference", "weights", "sources", "watch", "inductor", "options", "clustering", "attention"),
     ("data",),
     ("conditionals", "labels", "quadrants"),
     ("program", "em"),

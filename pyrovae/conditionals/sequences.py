@@ -7,10 +7,11 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
+from pyrovae import reference
 from pyrovae.conditionals.conditional import Conditional, Distribution
 from pyrovae.conditionals.density import Density
 from pyrovae.nets import BackwardRNN
-from pyrovae.nets.sequences import step_mask
+from pyrovae.sequences import step_mask
 
 
 class _OrZeros(constraints.Constraint):
@@ -33,6 +34,16 @@ def _of_steps(support: Any) -> Any:
 def _filled(value: Tensor, real: Tensor) -> Tensor:
     """Sequences with their first steps in the place of what lies beyond their ends: zeros need have no density."""
     return torch.where(real.unsqueeze(-1), value, value[..., :1, :])
+
+
+def _ended(value: Tensor, real: Tensor) -> Tensor:
+    """Sequences with zeros beyond their ends."""
+    return torch.where(real.unsqueeze(-1), value, torch.zeros_like(value))
+
+
+def _summed(log_p: Tensor, real: Tensor) -> Tensor:
+    """Over the steps of each sequence."""
+    return torch.where(real, log_p, torch.zeros_like(log_p)).sum(-1)
 
 
 class Steps(Density):
@@ -67,7 +78,7 @@ class Steps(Density):
     @property
     def mean(self) -> Tensor:
         """E[x_t], zero beyond the ends."""
-        return self._ended(self.step.mean)
+        return _ended(self.step.mean, self.real)
 
     def expanded(self, batch_shape: torch.Size) -> "Steps":
         """The same with another batch shape."""
@@ -75,15 +86,11 @@ class Steps(Density):
 
     def log_density(self, value: Tensor) -> Tensor:
         """sum_t log p(x_t)."""
-        log_p = self.step.log_prob(_filled(value, self.real))
-        return torch.where(self.real, log_p, torch.zeros_like(log_p)).sum(-1)
+        return _summed(self.step.log_prob(_filled(value, self.real)), self.real)
 
     def draw(self, shape: torch.Size) -> Tensor:
         """Draws of this shape before the batch shape."""
-        return self._ended(self.step.rsample(shape) if self.has_rsample else self.step.sample(shape))
-
-    def _ended(self, value: Tensor) -> Tensor:
-        return torch.where(self.real.unsqueeze(-1), value, torch.zeros_like(value))
+        return _ended(self.step.rsample(shape) if self.has_rsample else self.step.sample(shape), self.real)
 
 
 class MarkovChain(Density):
@@ -116,6 +123,7 @@ class MarkovChain(Density):
         context: Tensor | None = None,
     ):
         self.transition, self.lengths, self.num_steps, self.context = transition, lengths, num_steps, context
+        self.real = step_mask(lengths, num_steps)
         batch_shape = torch.broadcast_shapes(initial.batch_shape, lengths.shape)
         self.initial = initial.expand(batch_shape)
         self._drawn: tuple[Tensor, Tensor] | None = None  # the last draw, and its density
@@ -142,13 +150,13 @@ class MarkovChain(Density):
             log_p = self._drawn[1]
             if log_p.requires_grad or not torch.is_grad_enabled():  # `sample` draws without gradients
                 return log_p
-        value = _filled(value, step_mask(self.lengths, self.num_steps))
+        value = _filled(value, self.real)
         first, context = self.initial.log_prob(value[..., 0, :]).unsqueeze(-1), self.context
         if self.num_steps == 1:
             return first.squeeze(-1)
         before, after = value[..., :-1, :], value[..., 1:, :]
         rest = (self.transition(before) if context is None else self.transition(before, context)).log_prob(after)
-        return self._sum(torch.cat([first.expand(*rest.shape[:-1], 1), rest], -1))
+        return _summed(torch.cat([first.expand(*rest.shape[:-1], 1), rest], -1), self.real)
 
     def draw(self, shape: torch.Size) -> Tensor:
         """Draws of this shape before the batch shape."""
@@ -162,14 +170,9 @@ class MarkovChain(Density):
             z = getattr(step, draw)()
             values.append(z)
             log_probs.append(step.log_prob(z))
-        value, mask = torch.stack(values, -2), step_mask(self.lengths, self.num_steps).unsqueeze(-1)
-        value = torch.where(mask, value, torch.zeros_like(value))
-        self._drawn = value, self._sum(torch.stack(log_probs, -1))
+        value = _ended(torch.stack(values, -2), self.real)
+        self._drawn = value, _summed(torch.stack(log_probs, -1), self.real)
         return value
-
-    def _sum(self, log_p: Tensor) -> Tensor:
-        """Over the steps of each sequence."""
-        return torch.where(step_mask(self.lengths, self.num_steps), log_p, torch.zeros_like(log_p)).sum(-1)
 
 
 def num_steps_of(x: Tensor | None, lengths: Tensor, x_dim: int | None = None) -> int:
@@ -180,12 +183,12 @@ def num_steps_of(x: Tensor | None, lengths: Tensor, x_dim: int | None = None) ->
     """
     if lengths.is_floating_point() or lengths.dtype == torch.bool:
         raise ValueError(f"Expected lengths to be whole numbers; got {lengths.dtype}")
-    if x is not None and (x.dim() < 2 or x.shape[:-2] != lengths.shape):
-        raise ValueError(
-            "Expected x to be sequences (N, T, X) and lengths (N,); "
-            f"got shapes {tuple(x.shape)} and {tuple(lengths.shape)}"
-        )
     if x is not None:
+        if x.dim() < 2 or x.shape[:-2] != lengths.shape:
+            raise ValueError(
+                "Expected x to be sequences (N, T, X) and lengths (N,); "
+                f"got shapes {tuple(x.shape)} and {tuple(lengths.shape)}"
+            )
         if x_dim not in (None, x.shape[-1]):
             raise ValueError(f"Expected steps of x to have {x_dim} values; got {x.shape[-1]}")
         return x.shape[-2]
@@ -226,9 +229,22 @@ class RecurrentPosterior(nn.Module):
         h = self.rnn(x, lengths)
         return MarkovChain(self.step(self.z_0, h[..., 0, :]), self.step, lengths, x.shape[-2], h[..., 1:, :])
 
-    @torch.no_grad()
-    def noise(self, x: Tensor, lengths: Tensor, z: Tensor, of_step: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """The noise behind draws z `(*, N, T, D)`, where `of_step` gives that of a step from z_t and its eta."""
-        first = self.z_0.expand(*z.shape[:-2], 1, self.z_dim)
-        eta = self.step.eta(torch.cat([first, z[..., :-1, :]], -2), self.rnn(x, lengths))
-        return of_step(z, eta)
+    def by_hand(self, x: Tensor, lengths: Tensor, z: Tensor) -> dict[str, Any] | None:
+        """What `reference.deep_markov_elbo` asks of a guide, at the noise behind its draws z `(*, N, T, D)`.
+
+        None where `reference` does not have the family.
+        """
+        functions = self.step.by_hand(reference.POSTERIORS)
+        if functions is None:
+            return None
+        transform, noise = functions
+        with torch.no_grad():  # the noise is given: gradients flow through the latents alone
+            first = self.z_0.expand(*z.shape[:-2], 1, self.z_dim)
+            eps = noise(z, self.step.eta(torch.cat([first, z[..., :-1, :]], -2), self.rnn(x, lengths)))
+        return {
+            "eps": eps,
+            "rnn": self.rnn,
+            "posterior_net": self.step.eta,
+            "z_0": self.z_0,
+            "posterior": transform,
+        }

@@ -16,7 +16,7 @@ from torch.distributions.transforms import identity_transform
 
 from pyrovae.data import Batch, Data, as_data, num_rows
 from pyrovae.labels import without
-from pyrovae.program import LatentModel, check_keys
+from pyrovae.program import LatentModel, check_keys, device_of
 from pyrovae.survey import Survey
 from pyrovae.traces import check_arguments, check_whole, sample_sites, site_log_prob
 
@@ -237,11 +237,6 @@ class LocalGuide(LatentModel):
 
 def _table(num_data: int, dim: int, value: float, like: Tensor) -> nn.Embedding:
     return nn.Embedding.from_pretrained(like.new_full((num_data, dim), value), freeze=False)
-
-
-def device_of(program: LatentModel) -> torch.device | None:
-    """Where the program's parameters are."""
-    return next((p.device for p in program.parameters()), None)
 
 
 @contextmanager

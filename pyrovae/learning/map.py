@@ -13,9 +13,9 @@ from torch.distributions import Distribution
 from pyrovae.bounds import bound, check_bound
 from pyrovae.data import Batch, as_data, count, stream
 from pyrovae.fit import _check_objects, fit
-from pyrovae.learning.local import FIRST, device_of
+from pyrovae.learning.local import FIRST
 from pyrovae.objectives import _variables
-from pyrovae.program import LatentModel
+from pyrovae.program import LatentModel, device_of
 from pyrovae.run import History
 from pyrovae.supervision import EnumeratedELBO
 from pyrovae.survey import Survey

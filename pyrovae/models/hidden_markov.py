@@ -12,8 +12,8 @@ from pyrovae.conditionals import Bernoulli, Conditional
 from pyrovae.conditionals.conditional import Distribution
 from pyrovae.conditionals.sequences import MarkovChain, RecurrentPosterior, Steps, num_steps_of
 from pyrovae.nets import _check_sizes
-from pyrovae.nets.sequences import step_mask
 from pyrovae.program import LatentModel, data_plate
+from pyrovae.sequences import step_mask
 
 
 class HiddenMarkovModel(LatentModel):

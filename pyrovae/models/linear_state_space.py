@@ -11,8 +11,8 @@ from pyrovae import reference
 from pyrovae.conditionals.conditional import Distribution
 from pyrovae.conditionals.sequences import MarkovChain, RecurrentPosterior, Steps, num_steps_of
 from pyrovae.nets import _check_sizes
-from pyrovae.nets.sequences import step_mask
 from pyrovae.program import LatentModel, data_plate
+from pyrovae.sequences import step_mask
 
 
 class LinearGaussianStateSpace(LatentModel):
@@ -137,21 +137,16 @@ class LinearGaussianStateSpace(LatentModel):
         """
         if self.posterior is None:
             return self.log_prob(x, lengths).expand(z.shape[:-2])
-        functions = self.posterior.step.by_hand(reference.POSTERIORS)
-        if functions is None:
+        guide = self.posterior.by_hand(x, lengths, z)
+        if guide is None:
             return None
-        transform, noise = functions
         return reference.deep_markov_elbo(
             x,
             lengths,
-            self.posterior.noise(x, lengths, z, noise),
-            rnn=self.posterior.rnn,
-            posterior_net=self.posterior.step.eta,
+            **guide,
             transition_net=lambda z: _eta(z @ self.transition.T, self.transition_log_sigma),
             likelihood_net=lambda z: _eta(z @ self.emission.T + self.bias, self.emission_log_sigma),
             initial_eta=_eta(self.initial_mean, self.initial_log_sigma),
-            z_0=self.posterior.z_0,
-            posterior=transform,
             likelihood=reference.log_diagonal_normal,
         )
 

@@ -104,23 +104,18 @@ class DeepMarkovModel(LatentModel):
 
         None where `reference` has not all families.
         """
-        functions = self.posterior.step.by_hand(reference.POSTERIORS)
+        guide = self.posterior.by_hand(x, lengths, z)
         log_p = self.transition.by_hand(reference.LIKELIHOODS)
         log_x = self.likelihood.by_hand(reference.LIKELIHOODS)
-        if None in (functions, log_p, log_x):
+        if guide is None or log_p is None or log_x is None:
             return None
-        transform, noise = functions
         return reference.deep_markov_elbo(
             x,
             lengths,
-            self.posterior.noise(x, lengths, z, noise),
-            rnn=self.posterior.rnn,
-            posterior_net=self.posterior.step.eta,
+            **guide,
             transition_net=self.transition.eta,
             likelihood_net=self.likelihood.eta,
             initial_eta=self.transition.eta(self.z_0),
-            z_0=self.posterior.z_0,
-            posterior=transform,
             transition=log_p,
             likelihood=log_x,
         )

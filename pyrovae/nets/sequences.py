@@ -12,17 +12,6 @@ Cell = Literal["relu", "tanh", "gru"]
 LINEAR_BELOW = -15.0  # log softplus(s) = s to float32's last digit
 
 
-def step_mask(lengths: Tensor, num_steps: int) -> Tensor:
-    """Which steps belong to sequences of these lengths `(*)`: `(*, T)`, bool.
-
-    Example:
-        >>> step_mask(torch.tensor([1, 3]), 3).int()
-        tensor([[1, 0, 0],
-                [1, 1, 1]], dtype=torch.int32)
-    """
-    return torch.arange(num_steps, device=lengths.device) < lengths.unsqueeze(-1)
-
-
 class GatedTransition(nn.Module):
     """A step of a state: to stay linear, or to change by a perceptron, for each dimension by a gate.
 
