@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributions import Independent
 from torch.distributions.utils import _sum_rightmost
 
+from pyrovae.noise import forked
 from pyrovae.traces import check_latents, check_whole, sample_sites
 
 Gradient = Literal["plain", "dreg"]
@@ -99,7 +100,7 @@ class TracedELBO(ELBO):
 
     def _guess_max_plate_nesting(self, model: Program, guide: Program, args: Any, kwargs: Any) -> None:
         """By a first run, which draws its random numbers aside."""
-        with torch.random.fork_rng(), poutine.block():
+        with forked(), poutine.block():
             traces = self._get_trace(model, guide, args, kwargs)
         self.max_plate_nesting = traces.depth + (self.vectorize_particles and self.num_particles > 1)
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyro
-import torch
 
 from pyrovae.data import Batch, as_data, num_rows, stream
+from pyrovae.noise import forked
 from pyrovae.program import LatentModel, check_keys
 from pyrovae.survey import Survey
 from pyrovae.symptoms.dependence import gradients, independence, reads_data, reads_latents
@@ -78,7 +78,7 @@ def check(program: LatentModel, data: Any, *, strict: bool = False) -> Report:
         []
     """
     check_arguments(program)
-    with torch.random.fork_rng():
+    with forked():
         first = next(stream(as_data(data), name="data"), None)
     if first is None:
         raise ValueError("Expected data to hold at least one datum; got an empty DataLoader")
@@ -139,5 +139,5 @@ def _spread(batch: Batch, n: int) -> Batch:
 
 def _first_run(program: LatentModel, batch: Batch) -> None:
     """Make what parameters and lazy networks it makes, as if training had begun; whether it runs is looked at after."""
-    with suppress(Exception), torch.random.fork_rng(), program.inference(), pyro.validation_enabled(False):
+    with suppress(Exception), forked(), program.inference(), pyro.validation_enabled(False):
         traced(program, batch)

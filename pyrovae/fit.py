@@ -17,6 +17,7 @@ from pyrovae.bounds import bound, check_bound
 from pyrovae.compiled import Compile
 from pyrovae.conditionals.conditional import PRECISIONS
 from pyrovae.data import Data, as_data, count
+from pyrovae.noise import forked
 from pyrovae.program import LatentModel
 from pyrovae.run import History, Run, steps_in
 from pyrovae.schedules import Schedule, check_kl_weight
@@ -168,8 +169,7 @@ def fit(
     saved = None if folder is None else checkpoint.open_run(folder, resume)
     with ExitStack() as stack:
         if seed is not None:
-            stack.enter_context(torch.random.fork_rng())
-            torch.manual_seed(seed)
+            stack.enter_context(forked(seed))
         stack.enter_context(pyro.validation_enabled(False))
         run = Run(program, train, val, labeled, elbo, kl_weight, optimizer, rate, settings, folder, device)
         stack.enter_context(program.scope())

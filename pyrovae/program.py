@@ -15,6 +15,7 @@ from torch.distributions import OneHotCategorical
 
 from pyrovae.data import Batch, as_batch
 from pyrovae.labels import Fixed, Label, site_of, without
+from pyrovae.noise import forked
 
 MEAN_DRAWS = 1000  # for the mean of a latent whose family knows none, as a flow
 _DOT = "%2E"  # torch forbids "." in a parameter's name; Pyro's names have it
@@ -220,8 +221,7 @@ class LatentModel(nn.Module):
         """
         with ExitStack() as stack:
             if seed is not None:
-                stack.enter_context(torch.random.fork_rng())
-                torch.manual_seed(seed)
+                stack.enter_context(forked(seed))
             stack.enter_context(torch.no_grad())
             stack.enter_context(self.scope())
             stack.enter_context(self.modes_kept())
@@ -311,8 +311,7 @@ def _data_value(sites: list[Any], mean: bool) -> Tensor:
 def _estimated_mean(fn: Any) -> Tensor:
     """The mean of MEAN_DRAWS draws, the same at every call: torch's generators are left as they were."""
     at_once = max(1, min(MEAN_DRAWS, 10_000 // max(1, fn.batch_shape.numel())))
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    with forked(0):
         parts = torch.ones(MEAN_DRAWS).split(at_once)
         return torch.stack([fn.sample(part.shape).sum(0) for part in parts]).sum(0) / MEAN_DRAWS
 

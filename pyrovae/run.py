@@ -21,6 +21,7 @@ from pyrovae.conditionals.conditional import networks_in
 from pyrovae.data import Batch, Data, num_rows, stream
 from pyrovae.draws import Draws, evenly
 from pyrovae.labels import without
+from pyrovae.noise import draw_seed, forked
 from pyrovae.objectives import CompiledLoss, accumulate
 from pyrovae.program import LatentModel, check_keys
 from pyrovae.schedules import Schedule, WeightedELBO
@@ -112,8 +113,8 @@ class Run:
         if not parameters:
             raise ValueError(f"Expected a program with parameters to train; got none in {type(program).__name__}")
         self.loss, self.optimizer = self.fabric.setup(_Loss(program, elbo), optimizer(parameters, lr=rate(1)))
-        with torch.random.fork_rng():  # the order of the data has a generator of its own
-            self.generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+        with forked():  # the order of the data has a generator of its own
+            self.generator = torch.Generator().manual_seed(draw_seed())
         compile = settings["compile"]
         self.compiled = CompiledLoss(elbo, program.model, program.guide, compile) if compile is not False else None
         # what is measured after each epoch: validation labels are hidden from the ELBO
@@ -131,7 +132,7 @@ class Run:
 
     def _first_look(self) -> Survey:
         """Run the program once, so that it makes all its parameters; look the data through that are in memory."""
-        with torch.random.fork_rng():
+        with forked():
             first = next(self._stream(self.train, "train"), None)
         if first is None:
             raise ValueError("Expected train to hold at least one datum; got an empty DataLoader")

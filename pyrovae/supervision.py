@@ -13,6 +13,7 @@ from torch import Tensor
 from pyrovae.bounds import TracedELBO
 from pyrovae.data import Batch, Data, num_rows
 from pyrovae.labels import Fixed, Label, enumerated, site_of, without
+from pyrovae.noise import forked
 from pyrovae.program import LatentModel
 from pyrovae.survey import Survey
 
@@ -150,7 +151,7 @@ class Supervision:
         Raises:
             ValueError: for a label that is none of the classes.
         """
-        with torch.random.fork_rng(), self.program.inference(), pyro.validation_enabled(False):
+        with forked(), self.program.inference(), pyro.validation_enabled(False):
             value = site_of(self.program.model, self.label.name, batch)["value"]
         event = tuple(self.label.values.shape[1:])
         if value.shape != (num_rows(batch), *event):

@@ -11,6 +11,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from pyrovae.data import Batch, as_batch, check_finite, num_rows
 from pyrovae.labels import Fixed, Label, Shared, without
+from pyrovae.noise import forked
 from pyrovae.program import LatentModel, check_keys
 from pyrovae.sequences import are_sequences
 from pyrovae.traces import (
@@ -103,7 +104,7 @@ class Survey:
         check_keys(batch, program.model, program.guide)
         two, three = ({key: value[:n] for key, value in batch.items()} for n in (2, 3))
         n, steps = num_rows(two), batch["x"].shape[1] if are_sequences(batch) else 1
-        with torch.random.fork_rng(), program.inference():
+        with forked(), program.inference():
             with pyro.validation_enabled(False), _Widest() as widest:
                 traced(program, {key: value[:FIRST] for key, value in batch.items()})  # makes all parameters
                 widest.numel = 0

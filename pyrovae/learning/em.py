@@ -19,6 +19,7 @@ from pyrovae.learning.chains import Chains
 from pyrovae.learning.local import FIRST, LocalGuide, prepared, running
 from pyrovae.learning.map import model_parameters
 from pyrovae.learning.wake_sleep import WakeSleep_ELBO
+from pyrovae.noise import draw_seed, forked
 from pyrovae.program import LatentModel
 from pyrovae.run import MEASURING_SEED, History
 from pyrovae.traces import check_whole
@@ -42,8 +43,8 @@ def _epochs(
     """EM: in each step what `step` does for a minibatch, and a step of Adam in theta on the loss that it gives."""
     rate = lr if callable(lr) else lambda epoch: lr
     optimizer = torch.optim.Adam(theta, lr=rate(1), fused=True)
-    with torch.random.fork_rng():  # the order of the data has a generator of its own, as in `fit`
-        generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+    with forked():  # the order of the data has a generator of its own, as in `fit`
+        generator = torch.Generator().manual_seed(draw_seed())
     history: History = []
     best, kept = -math.inf, None
     bar = tqdm(total=epochs * math.ceil(len(data) / batch_size), unit=" steps", mininterval=0.5, disable=not progress)
@@ -148,7 +149,7 @@ def variational_em(
         def measure() -> dict[str, float]:
             if val is not None:
                 local, data = parts["val_"]
-                with torch.random.fork_rng():  # training draws what it draws without val
+                with forked():  # training draws what it draws without val
                     for batch in data.batches(batch_size):
                         _e_step(local.eval(), batch, bound, inner["val_"], steps, inner[""].param_groups[0]["lr"])
             seen = {name: evaluate(*part, 1, seed=MEASURING_SEED, progress=False) for name, part in parts.items()}

@@ -16,6 +16,7 @@ from torch.distributions.transforms import identity_transform
 
 from pyrovae.data import Batch, Data, as_data, num_rows
 from pyrovae.labels import without
+from pyrovae.noise import forked
 from pyrovae.program import LatentModel, check_keys, device_of
 from pyrovae.survey import Survey
 from pyrovae.traces import check_arguments, check_whole, sample_sites, site_log_prob
@@ -67,7 +68,7 @@ def latents_of(program: LatentModel, batch: Batch) -> list[Latent]:
             the data, or whose support is not the same for all data and values of other latents.
     """
     check_keys(batch, program.model)
-    with torch.random.fork_rng(), program.inference(), pyro.validation_enabled(False):
+    with forked(), program.inference(), pyro.validation_enabled(False):
         one, many = (_latent_sites(program, {k: v[:n] for k, v in batch.items()}) for n in (1, FIRST))
     if not one:
         raise ValueError(f"Expected a program with latents; got {type(program).__name__}, whose model has none")
@@ -244,8 +245,7 @@ def running(program: LatentModel, seed: int | None) -> Iterator[None]:
     """Run in the program's scope, without Pyro's validation; its modes and, with a seed, torch's state are restored."""
     with ExitStack() as stack:
         if seed is not None:
-            stack.enter_context(torch.random.fork_rng())
-            torch.manual_seed(seed)
+            stack.enter_context(forked(seed))
         for context in (pyro.validation_enabled(False), program.scope(), program.modes_kept()):
             stack.enter_context(context)
         yield
@@ -260,7 +260,7 @@ def prepared(local: LocalGuide, data: Any, name: str) -> Data:
     data = indexed(data).to(device_of(local.program))
     if len(data) != local.num_data:
         raise ValueError(f"Expected {name} to be the {local.num_data} data that the guide is for; got {len(data)}")
-    with torch.random.fork_rng():
+    with forked():
         survey = Survey.of(local, next(data.batches(FIRST)), name)
     if data.fixed:
         survey.check_support(data.tensors, name)

@@ -14,6 +14,7 @@ from pyrovae.bounds import bound, check_bound
 from pyrovae.data import Batch, as_data, count, stream
 from pyrovae.fit import _check_objects, fit
 from pyrovae.learning.local import FIRST
+from pyrovae.noise import forked
 from pyrovae.objectives import _variables
 from pyrovae.program import LatentModel, device_of
 from pyrovae.run import History
@@ -36,7 +37,7 @@ def model_parameters(program: LatentModel, batch: Batch) -> dict[str, nn.Paramet
     Raises:
         ValueError: for a model without parameters to train.
     """
-    with torch.random.fork_rng(), pyro.validation_enabled(False):
+    with forked(), pyro.validation_enabled(False):
         with program.inference():
             program.model(**batch)  # makes what pyro.param declares
         with torch.enable_grad(), program.scope(), program.modes_kept(), Cut():
@@ -127,7 +128,7 @@ def fit_map(
     num_data = count(train)
     if num_data is None:
         raise ValueError("Expected train of known length with a prior; got an iterable data set")
-    with torch.random.fork_rng():
+    with forked():
         first = next(stream(train, FIRST, device=device_of(program), name="train"), None)
     if first is None:
         raise ValueError("Expected train to hold at least one datum; got an empty DataLoader")

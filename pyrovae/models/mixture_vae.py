@@ -12,6 +12,7 @@ from pyrovae.conditionals import Bernoulli, Conditional, DiagonalNormal, OneHotC
 from pyrovae.conditionals.conditional import Distribution
 from pyrovae.em import Covariance, gaussians, log_joint, proportions, split_and_merge, start, vectors
 from pyrovae.nets import Activation, _check_sizes
+from pyrovae.noise import forked
 from pyrovae.program import LatentModel, data_plate
 from pyrovae.traces import check_whole
 
@@ -132,8 +133,7 @@ class GaussianMixtureVAE(LatentModel):
         check_whole(restarts=restarts)
         x = vectors(x, self.num_clusters)
         self.to(next(self.posterior.parameters()).device)  # a posterior that was trained before may be on another
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with forked(seed):
             z = torch.cat([self.encode(part, "z", sample=True) for part in x.split(AT_ONCE)])
         best, state = -torch.inf, {}
         for restart in range(restarts):

@@ -9,6 +9,7 @@ from itertools import chain
 import pyro
 import torch
 
+from pyrovae.noise import forked
 from pyrovae.program import LatentModel
 
 SEED = 0
@@ -43,8 +44,7 @@ def own_error(error: Exception) -> str:
 def aside(program: LatentModel, training: bool = False) -> Iterator[None]:
     """Run a program in its scope with noise of its own; weights, modes and torch's random state are put back."""
     before = {name: value.detach().clone() for name, value in _tensors(program)}
-    with torch.random.fork_rng(), program.modes_kept(), program.scope(), pyro.validation_enabled(False):
-        torch.manual_seed(SEED)
+    with forked(SEED), program.modes_kept(), program.scope(), pyro.validation_enabled(False):
         program.train(training)
         try:
             yield
