@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyrovae.data import Batch, Data, num_rows
 from pyrovae.draws import Plan
+from pyrovae.noise import draw_seed
 from pyrovae.program import LatentModel
 from pyrovae.traces import Unscaled, check_arguments, replayed_guide
 from pyrovae.weights import WeightSums, error_of_mean
@@ -80,7 +81,7 @@ def compare(
         data: as for `evaluate`.
         num_particles: every K.
         elbo_draws: draws for each datum in the two ELBOs.
-        seed: of the draws; None goes on from torch's present random state.
+        seed: of the draws; None draws one from torch's present random state.
         progress: show a progress bar.
 
     Raises:
@@ -99,6 +100,7 @@ def compare(
         raise ValueError(f"Expected elbo_draws to be at least 1; got {elbo_draws}")
     columns: dict[str, list[_Column]] = {}
     difference: float | None = None
+    seed = draw_seed() if seed is None else seed
     with program.inference(seed), pyro.validation_enabled(False):
         if isinstance(data, Data) and not data.fixed:  # both passes must see the same data
             data = Data(next(data.batches(len(data))))

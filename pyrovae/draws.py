@@ -12,6 +12,8 @@ from tqdm import tqdm
 
 from pyrovae.compiled import Compile, Compiled
 from pyrovae.data import Batch, as_data, count, num_rows, stream
+from pyrovae.noise import draw_seed, numbered
+from pyrovae.processes import Processes, is_sharded
 from pyrovae.program import LatentModel, device_of
 from pyrovae.sequences import trim
 from pyrovae.survey import Enumerated, Survey, draw
@@ -118,6 +120,9 @@ class Plan:
     num_data: int | None
     batch_size: int
     chunk_size: int
+    seed: int
+    processes: Processes
+    sharded: bool
 
     @staticmethod
     def of(
@@ -127,8 +132,12 @@ class Plan:
         batch_size: int | None = None,
         chunk_size: int | None = None,
         compile: Compile = False,
+        processes: Processes | None = None,
     ) -> "Plan":
         """Look the program through and choose sizes; None chooses by memory.
+
+        Several processes share the chunks of data, and enter with one random state. The caller forks it: each chunk
+        has noise of its own, whoever draws it.
 
         Raises:
             ValueError: for sizes below 1, an empty DataLoader, or a program that does not fit its data.
@@ -136,7 +145,7 @@ class Plan:
         for name, size in (("batch_size", batch_size), ("chunk_size", chunk_size)):
             if size is not None and size < 1:
                 raise ValueError(f"Expected {name} to be at least 1; got {size}")
-        data = as_data(data)
+        data, seed = as_data(data), draw_seed()
         batches = stream(data, device=device_of(program))
         first = next(batches, None)
         if first is None:
@@ -145,19 +154,27 @@ class Plan:
         draws = Draws(program, survey, compile)
         chunk_size = min(num_particles, chunk_size or evenly(num_particles, draws.rows))
         batch_size = batch_size or evenly(num_rows(first), max(1, draws.rows // chunk_size))
-        return Plan(draws, num_particles, chain([first], batches), count(data), batch_size, chunk_size)
+        shared = processes or Processes(), is_sharded(data)
+        return Plan(draws, num_particles, chain([first], batches), count(data), batch_size, chunk_size, seed, *shared)
 
     def parts(self, title: str, progress: bool) -> Iterator[tuple[int, Batch]]:
-        """Chunks of data in order, each with the index of its first datum."""
+        """This process's chunks of data in order, each with the number of its first datum."""
+        rank, size = self.processes.rank, self.processes.size
+        hidden = not progress or rank > 0
+        with tqdm(total=self.num_data, unit=" data", desc=title, mininterval=0.5, disable=hidden) as bar:
+            for i, (first, part) in numbered(self._all_parts(), self.seed):
+                if self.sharded or i % size == rank:
+                    yield first, part if self.draws.is_compiled else trim(part)
+                bar.update(num_rows(part))
+
+    def _all_parts(self) -> Iterator[tuple[int, Batch]]:
         done = 0
-        with tqdm(total=self.num_data, unit=" data", desc=title, mininterval=0.5, disable=not progress) as bar:
-            for batch in self.batches:
-                self.draws.survey.check_support(batch, "data")
-                for start in range(0, num_rows(batch), self.batch_size):
-                    part = {key: value[start : start + self.batch_size] for key, value in batch.items()}
-                    yield done, part if self.draws.is_compiled else trim(part)
-                    done += num_rows(part)
-                    bar.update(num_rows(part))
+        for batch in self.batches:
+            self.draws.survey.check_support(batch, "data")
+            for start in range(0, num_rows(batch), self.batch_size):
+                part = {key: value[start : start + self.batch_size] for key, value in batch.items()}
+                yield done + start, part
+            done += num_rows(batch)
 
     def weights(self, first: int, part: Batch) -> Iterator[Weights]:
         """Chunks of particles for a chunk of data, K in all."""

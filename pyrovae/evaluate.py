@@ -1,7 +1,6 @@
 """What a program's log-likelihood is, and how far that can be trusted."""
 
 import math
-from array import array
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,7 +12,9 @@ from pyrovae.clustering import Clustering, agreement, check_classes
 from pyrovae.compiled import Compile
 from pyrovae.conditionals.conditional import networks_in
 from pyrovae.draws import Plan, Weights
-from pyrovae.program import LatentModel
+from pyrovae.noise import draw_seed
+from pyrovae.processes import Processes
+from pyrovae.program import LatentModel, device_of
 from pyrovae.sequences import are_sequences
 from pyrovae.traces import check_arguments
 from pyrovae.weights import WeightSums, error_of_mean
@@ -135,6 +136,7 @@ def evaluate(
     batch_size: int | None = None,
     chunk_size: int | None = None,
     seed: int | None = None,
+    devices: int | None = None,
     precision: str = "32-true",
     compile: Compile = False,
     progress: bool = True,
@@ -156,7 +158,10 @@ def evaluate(
         batch_size: data at once; None chooses by memory.
         chunk_size: particles at once; None chooses by memory. Neither size enters the result, except through the
             order in which random numbers are drawn.
-        seed: of the draws; None goes on from torch's present random state.
+        seed: of the draws; None draws one from torch's present random state.
+        devices: processes that share the data, as for `fit`; each has all results at the end. Those of an iterable
+            data set, of which each process reads its own, come process by process. Every number is the one that a
+            single process gets.
         precision: 32-true (as the program's parameters are) or bf16-mixed (the networks of all Conditionals in
             bfloat16; densities, weights and sums stay).
         compile: compile the program, in seconds; it pays from thousands of data on. "auto" goes on uncompiled, with a
@@ -181,32 +186,45 @@ def evaluate(
         True
     """
     check_arguments(program, num_particles)
-    results = {name: array("d") for name in STATISTICS}
-    units, clusters, lengths = _ActiveUnits(), [], []
+    processes = Processes.start(device_of(program) or torch.device("cpu"), devices)
+    seed = processes.seed() if seed is None else seed
     with program.inference(seed), pyro.validation_enabled(False), networks_in(precision):
-        plan = Plan.of(program, data, num_particles, batch_size, chunk_size, compile)
+        plan = Plan.of(program, data, num_particles, batch_size, chunk_size, compile, processes)
         if classes is not None:
             _check_clusters(program, plan, classes)
-        for first, part in plan.parts(f"log p(x), K = {num_particles}", progress):
-            sums = WeightSums(num_particles)
-            for weights in plan.weights(first, part):
-                sums.add(weights.log_weights, weights.elbo)
-                units.add(weights)
-            units.end_of_chunk()
-            for name, method in STATISTICS.items():
-                results[name].extend(getattr(sums, method)().tolist())
-            if classes is not None:
-                clusters.append(program.predict(part).argmax(1))
-            if are_sequences(part):
-                lengths.append(part["lengths"].cpu())
+        found = processes.gather(lambda: _measured(program, plan, classes is not None, progress))
+    tables = [table for tables, _ in found for table in tables]
+    if not plan.sharded:
+        tables.sort(key=lambda table: table["first"])
+    whole = {name: torch.cat([table[name] for table in tables]) for name in tables[0]}
     return Evaluation(
-        **{name: torch.tensor(values, dtype=torch.float64) for name, values in results.items()},
+        **{name: whole[name] for name in STATISTICS},
         num_particles=num_particles,
         dim=plan.draws.survey.dim,
-        num_steps=torch.cat(lengths) if lengths else None,
-        active_units=units.count(),
-        clustering=None if classes is None else agreement(torch.cat(clusters), classes),
+        num_steps=whole.get("lengths"),
+        active_units=_ActiveUnits.of_all([units for _, units in found]).count(),
+        clustering=None if classes is None else agreement(whole["clusters"], classes),
     )
+
+
+def _measured(
+    program: LatentModel, plan: Plan, with_clusters: bool, progress: bool
+) -> tuple[list[dict[str, Tensor]], "_ActiveUnits"]:
+    """Of each chunk of this process's data a table, a row for each datum; and what tells which units are active."""
+    tables, units = [], _ActiveUnits()
+    for first, part in plan.parts(f"log p(x), K = {plan.num_particles}", progress):
+        sums = WeightSums(plan.num_particles)
+        for weights in plan.weights(first, part):
+            sums.add(weights.log_weights, weights.elbo)
+            units.add(weights)
+        units.end_of_chunk()
+        table = {name: getattr(sums, method)().cpu().double() for name, method in STATISTICS.items()}
+        if with_clusters:
+            table["clusters"] = program.predict(part).argmax(1).cpu()
+        if are_sequences(part):
+            table["lengths"] = part["lengths"].cpu()
+        tables.append({"first": torch.tensor([first]), **table})
+    return tables, units
 
 
 def _check_clusters(program: LatentModel, plan: Plan, classes: Tensor) -> None:
@@ -247,6 +265,16 @@ class _ActiveUnits:
             self.sums[name] = self.sums.get(name, 0) + torch.stack([mean.sum(0), (mean**2).sum(0)])
         self.num_data += len(next(iter(self.chunk.values()), ()))
         self.chunk, self.particles = {}, 0
+
+    @staticmethod
+    def of_all(parts: list["_ActiveUnits"]) -> "_ActiveUnits":
+        """The sums of several processes together."""
+        total = _ActiveUnits()
+        for part in parts:
+            total.num_data += part.num_data
+            for name, sums in part.sums.items():
+                total.sums[name] = total.sums.get(name, 0) + sums.cpu()
+        return total
 
     def count(self) -> dict[str, int]:
         counts = {}
@@ -295,6 +323,7 @@ def classify(
     """
     check_arguments(program, num_particles)
     found = []
+    seed = draw_seed() if seed is None else seed
     with program.inference(seed), pyro.validation_enabled(False), networks_in(precision):
         plan = Plan.of(program, data, num_particles, compile=compile)
         _check_label(program, plan)

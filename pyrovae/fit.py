@@ -18,6 +18,7 @@ from pyrovae.compiled import Compile
 from pyrovae.conditionals.conditional import PRECISIONS
 from pyrovae.data import Data, as_data, count
 from pyrovae.noise import forked
+from pyrovae.processes import Processes
 from pyrovae.program import LatentModel
 from pyrovae.run import History, Run, steps_in
 from pyrovae.schedules import Schedule, check_kl_weight
@@ -49,6 +50,8 @@ def fit(
     run_dir: str | Path | None = None,
     resume: bool = False,
     device: str = "auto",
+    devices: int | None = None,
+    num_nodes: int = 1,
     precision: str = "32-true",
     compile: Compile = False,
     progress: bool = True,
@@ -99,6 +102,12 @@ def fit(
         resume: go on from the checkpoint in `run_dir`, to the very weights that an undisturbed run reaches. Torch's,
             NumPy's and Python's generators are put where they were; one of a DataLoader's own is not.
         device: auto, cpu, cuda or mps; the program stays there.
+        devices, num_nodes: processes on each machine, each with a device of its own, and machines. They share each
+            minibatch of `batch_size` out and add up their gradients, so that their number changes nothing but the
+            noise, which each draws for itself; a bound of the minibatch as a whole (free bits, batch norm) sees a
+            share of it. All read the same data, but an iterable data set, of which each must read its own. None:
+            the processes that `torchrun` or Fabric's launcher has started; more than there are run this script again
+            from its start. Files are written once.
         precision: 32-true (as the program's parameters are) or bf16-mixed (the networks of all
             Conditionals in bfloat16; densities, weights and optimizer stay).
         compile: run loss and gradients as one compiled graph; compiling takes seconds, for each shape of a minibatch.
@@ -133,6 +142,7 @@ def fit(
     check_bound(elbo, kl_weight, free_bits, labeled)
     elbo, optimizer = elbo or bound(free_bits), optimizer or partial(torch.optim.Adam, fused=True)
     _check_positive(epochs=epochs, batch_size=batch_size, labeled_batch_size=labeled_batch_size)
+    _check_positive(devices=devices, num_nodes=num_nodes)
     _check_positive(lr=rate(1), patience=patience, grad_clip=grad_clip)
     _check_known(device=(device, DEVICES), precision=(precision, PRECISIONS), labels=(labels, get_args(Labels)))
     _check_objects(elbo, optimizer)
@@ -166,12 +176,13 @@ def fit(
         "labels": labels,
     }
     folder = None if run_dir is None else Path(run_dir)
-    saved = None if folder is None else checkpoint.open_run(folder, resume)
+    processes = Processes.start(device, devices, num_nodes)
     with ExitStack() as stack:
+        saved = None if folder is None else processes.first(lambda: checkpoint.open_run(folder, resume))
         if seed is not None:
             stack.enter_context(forked(seed))
         stack.enter_context(pyro.validation_enabled(False))
-        run = Run(program, train, val, labeled, elbo, kl_weight, optimizer, rate, settings, folder, device)
+        run = Run(program, train, val, labeled, elbo, kl_weight, optimizer, rate, settings, folder, processes)
         stack.enter_context(program.scope())
         if saved is not None:
             run.resume(saved)
@@ -181,7 +192,7 @@ def fit(
 
 def _check_positive(**values: float | None) -> None:
     for name, value in values.items():
-        whole = name in ("epochs", "batch_size", "labeled_batch_size", "patience")
+        whole = name not in ("lr", "grad_clip")
         kind = int if whole else (int, float)
         if value is not None and not (isinstance(value, kind) and value > 0 and math.isfinite(value)):
             raise ValueError(f"Expected {name} to be a positive {'whole ' if whole else ''}number; got {value!r}")

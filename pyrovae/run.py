@@ -1,4 +1,4 @@
-"""A training run: SVI of any program under any Pyro ELBO, on Lightning Fabric."""
+"""A training run: SVI of any program under any Pyro ELBO, in one process or several."""
 
 import math
 import time
@@ -18,11 +18,12 @@ from tqdm import tqdm
 from pyrovae import checkpoint
 from pyrovae.check import warn_of_findings
 from pyrovae.conditionals.conditional import networks_in
-from pyrovae.data import Batch, Data, num_rows, stream
-from pyrovae.draws import Draws, evenly
-from pyrovae.labels import without
-from pyrovae.noise import draw_seed, forked
+from pyrovae.data import Batch, Data, stream
+from pyrovae.draws import Draws
+from pyrovae.measure import SEED, Part
+from pyrovae.noise import forked
 from pyrovae.objectives import CompiledLoss, accumulate
+from pyrovae.processes import Processes, in_step, shares
 from pyrovae.program import LatentModel, check_keys
 from pyrovae.schedules import Schedule, WeightedELBO
 from pyrovae.supervision import EnumeratedELBO, SemiSupervisedELBO, Supervision
@@ -30,27 +31,11 @@ from pyrovae.survey import Survey, draw
 
 History = list[dict[str, float]]
 SECONDS_BETWEEN_WRITES = 1.0  # so that writing costs short epochs no more than a few per cent
-MEASURED = 10_000  # training data whose ELBO is measured after each epoch
-MEASURING_SEED = 0  # the same noise each epoch, so that epochs differ by their weights alone
 
 
 def score(row: dict[str, float]) -> tuple[float, float]:
     """What makes an epoch the best: fewest validation data misclassified, where they have labels, then their ELBO."""
     return -row.get("val_error", 0.0), row["val_elbo"]
-
-
-class _Loss(nn.Module):
-    """Pyro's ELBO in its module form, with the program's parameters for Fabric to see."""
-
-    def __init__(self, program: LatentModel, elbo: ELBO):
-        super().__init__()
-        self.program = program
-        model: Any = program.model  # Pyro's annotation asks for modules; functions serve as well
-        guide: Any = program.guide
-        self.elbo = elbo(model, guide)
-
-    def forward(self, arguments: dict[str, Any]) -> Tensor:
-        return self.elbo(**arguments)
 
 
 def steps_in(data: Any, batch_size: int) -> int | None:
@@ -71,7 +56,7 @@ class Run:
         rate: learning rate of each epoch.
         settings: all that a run to be resumed must share.
         folder: of the run, or None.
-        device: for Fabric.
+        processes: that share the work.
     """
 
     def __init__(
@@ -86,17 +71,19 @@ class Run:
         rate: Callable[[int], float],
         settings: dict[str, Any],
         folder: Path | None,
-        device: str,
+        processes: Processes,
     ):
-        from lightning_fabric import Fabric
-
-        self.fabric = Fabric(accelerator=device, devices=1)
-        self.program = program.to(self.fabric.device)
+        self.processes = processes
+        self.program = program.to(processes.device)
         self.settings, self.folder, self.rate = settings, folder, rate
         train, self.val, self.labeled = (
-            data.to(self.fabric.device) if isinstance(data, Data) else data for data in (train, val, labeled)
+            data.to(processes.device) if isinstance(data, Data) else data for data in (train, val, labeled)
         )
         self.train: Any = self.labeled if train is None else train
+        held = {"train": train, "val": self.val, "labeled": self.labeled}
+        processes.check_same(
+            settings=settings, **{name: data.tensors for name, data in held.items() if isinstance(data, Data)}
+        )
         self.steps = steps_in(self.train, settings["batch_size"]) or 0
         self.survey = self._first_look()
         self.supervision = None
@@ -109,22 +96,29 @@ class Run:
         self.kl_weight = None if kl_weight == 1 else kl_weight if callable(kl_weight) else lambda step: kl_weight
         if self.kl_weight is not None:
             elbo = WeightedELBO(elbo)
-        parameters = [parameter for parameter in program.parameters() if parameter.requires_grad]
-        if not parameters:
+        self.parameters = [parameter for parameter in program.parameters() if parameter.requires_grad]
+        if not self.parameters:
             raise ValueError(f"Expected a program with parameters to train; got none in {type(program).__name__}")
-        self.loss, self.optimizer = self.fabric.setup(_Loss(program, elbo), optimizer(parameters, lr=rate(1)))
+        model: Any = program.model  # Pyro's annotation asks for modules; functions serve as well
+        guide: Any = program.guide
+        self.loss, self.optimizer = elbo(model, guide), optimizer(self.parameters, lr=rate(1))
         with forked():  # the order of the data has a generator of its own
-            self.generator = torch.Generator().manual_seed(draw_seed())
+            seed = processes.seed()
+        self.generator = torch.Generator().manual_seed(seed)
+        processes.agree(program)
+        if processes.rank > 0:
+            torch.manual_seed(seed + processes.rank)  # noise of its own
         compile = settings["compile"]
         self.compiled = CompiledLoss(elbo, program.model, program.guide, compile) if compile is not False else None
         # what is measured after each epoch: validation labels are hidden from the ELBO
         hidden = Draws(program, self.survey if self.supervision is None else self.supervision.hidden, compile)
-        self.parts: dict[str, tuple[Any, Draws]] = {"train": (self.train, hidden)}
+        parts: dict[str, tuple[Any, Draws]] = {"train": (self.train, hidden)}
         if self.supervision is not None:
             shown = Draws(program, self.supervision.survey, compile)
-            self.parts["train" if train is None else "labeled"] = self.labeled, shown
+            parts["train" if train is None else "labeled"] = self.labeled, shown
         if self.val is not None:
-            self.parts["val"] = self.val, hidden
+            parts["val"] = self.val, hidden
+        self.parts = [Part(name, program, *found, self.supervision, processes) for name, found in parts.items()]
         self.history: History = []
         self.best_epoch, self.best = 0, {}
         self.kept: dict[str, Any] | None = None
@@ -141,25 +135,28 @@ class Run:
             if isinstance(data, Data) and data.fixed:
                 check_keys(data.tensors, self.program.model, self.program.guide)
                 survey.check_support(data.tensors, name)
-        warn_of_findings(self.program, first, survey)
+        if self.processes.rank == 0:
+            warn_of_findings(self.program, first, survey)
         return survey
 
     def _stream(
         self, data: Any, name: str, batch_size: int | None = None, shuffle: torch.Generator | None = None
     ) -> Iterator[Batch]:
         size = batch_size or self.settings["batch_size"]
-        return stream(data, size, shuffle=shuffle, device=self.fabric.device, name=name)
+        return stream(data, size, shuffle=shuffle, device=self.processes.device, name=name)
 
     def to_the_end(self, epochs: int, patience: int | None, progress: bool) -> None:
         """Train up to the last epoch, or until validation has not improved for `patience` epochs."""
         if not self.history:  # one draw for each datum: what is wrong with them shows before hours of training
-            for name in self.parts:
-                self._measure(name, limit=None)
+            for part in self.parts:
+                part.figures(limit=None)
         if self.folder is not None and not self.history:
-            self._write_config()
+            if self.processes.rank == 0:
+                self._write_config()
             self._keep()
             self._write()
-        bar = tqdm(total=epochs * self.steps or None, unit=" steps", mininterval=0.5, disable=not progress)
+        shown = progress and self.processes.rank == 0
+        bar = tqdm(total=epochs * self.steps or None, unit=" steps", mininterval=0.5, disable=not shown)
         bar.update(len(self.history) * self.steps)
         try:
             with bar, self.program.modes_kept(), warnings.catch_warnings():
@@ -184,24 +181,23 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(len(self.history) + 1)
         start, total, seen = time.perf_counter(), 0.0, 0
-        batches = self._stream(self.train, "train", shuffle=self.generator)
         weight = None
-        for step, (batch, arguments, num_data) in enumerate(self._steps_of(batches), len(self.history) * self.steps):
+        for step, (batch, arguments, num_data) in enumerate(self._steps_of(), len(self.history) * self.steps):
             if self.kl_weight is not None:
                 weight = float(self.kl_weight(step))
-                arguments = {"arguments": arguments, "kl_weight": weight}
-            total += self._step(batch, arguments)
+            total += self._step(batch, arguments, weight)
             seen += num_data
             bar.update()
+        self.processes.agree(self.program)  # what the optimizer does not move, as running means of a batch norm
         row = {"epoch": len(self.history) + 1, "seconds": time.perf_counter() - start, "loss": total / seen}
         row |= {} if weight is None else {"kl_weight": weight}
         self._check_parameters()
         for part in self.parts:
-            prefix = "" if part == "train" else f"{part}_"
-            row |= {f"{prefix}{name}": value for name, value in self._measure(part).items()}
+            prefix = "" if part.name == "train" else f"{part.name}_"
+            row |= {f"{prefix}{name}": value for name, value in part.figures().items()}
         if self.supervision is not None:
-            row["cross_entropy"] = self.supervision.cross_entropy(MEASURING_SEED)
-        self.history.append(row)
+            row["cross_entropy"] = self.supervision.cross_entropy(SEED)
+        self.history.append(self.processes.first(lambda: row))
         if self.val is not None and not (self.best and score(self.history[self.best_epoch - 1]) >= score(row)):
             self.best_epoch = len(self.history)
             self.best = {name: value.clone() for name, value in self.program.state_dict().items()}
@@ -213,19 +209,44 @@ class Run:
             shown += [f"best {best['val_error']:.2%}" if "val_error" in best else f"best {best['val_elbo']:.2f}"]
         bar.set_postfix_str(", ".join(shown))
 
-    def _steps_of(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, dict[str, Any], float]]:
-        """Each minibatch with the arguments of the loss, and how many data the step stands for."""
-        if self.supervision is None:
-            yield from ((batch, batch, num_rows(batch)) for batch in batches)
-            return
-        for arguments, num_data in self.supervision.joined(batches, self.generator):
-            yield arguments["unlabeled"] or arguments["labeled"], arguments, num_data
+    def _steps_of(self) -> Iterator[tuple[Batch | None, Any, float]]:
+        """For each step of an epoch the minibatch and the arguments of the loss that this process has of it.
 
-    def _step(self, batch: Batch, arguments: dict[str, Any]) -> float:
-        if not isinstance(self.train, Data) or not self.train.fixed:
-            self.survey.check_support(batch, "train")
+        Both are None where it has nothing of the step. Beside them: how many data the step of all processes stands for.
+        """
+        batches: Any = self._stream(self.train, "train", shuffle=self.generator)
+        batches = in_step(batches, self.train, self.processes)
+        if self.supervision is None:
+            yield from ((batch, batch, rows) for batch, rows in shares(batches, self.train, self.processes))
+            return
+        for arguments, num_data in self.supervision.joined((batch for batch, _ in batches), self.generator):
+            parts = {name: self.processes.share(arguments[name]) for name in ("unlabeled", "labeled")}
+            batch = parts["unlabeled"] or parts["labeled"]
+            yield batch, batch and {**arguments, **parts}, num_data
+
+    def _step(self, batch: Batch | None, arguments: Any, kl_weight: float | None) -> float:
+        """One step of the optimizer; its loss, a sum over the data of all processes."""
         noise = torch.get_rng_state()
         self.optimizer.zero_grad()
+        own = 0.0
+        if batch is not None:
+            if not isinstance(self.train, Data) or not self.train.fixed:
+                self.survey.check_support(batch, "train")
+            own = self._add_gradients(
+                arguments if kl_weight is None else {"arguments": arguments, "kl_weight": kl_weight}
+            )
+        value = self.processes.sum_gradients(self.parameters, own)
+        if not math.isfinite(value):
+            sites = self.processes.gather(lambda: None if math.isfinite(own) else self._bad_site(batch, noise))
+            where = next(filter(None, sites), "no site, when run again")
+            raise FloatingPointError(self._complaint(f"a loss of {value}", where))
+        if (clip := self.settings["grad_clip"]) is not None:
+            nn.utils.clip_grad_norm_(self.parameters, clip)
+        self.optimizer.step()
+        return value
+
+    def _add_gradients(self, arguments: dict[str, Any]) -> float:
+        """The loss; where it is finite, the parameters have its gradients."""
         try:
             with networks_in(self.settings["precision"]):
                 loss, backward = self._loss(arguments)
@@ -233,15 +254,8 @@ class Run:
             self._check_parameters(error)
             raise
         value = loss.item()
-        if not math.isfinite(value):
-            torch.set_rng_state(noise)
-            with torch.no_grad():
-                bad = draw(self.program, batch, 1, self.survey).first_bad() or "no site, when run again"
-            raise FloatingPointError(self._complaint(f"a loss of {value}", bad))
-        backward()
-        if (clip := self.settings["grad_clip"]) is not None:
-            self.fabric.clip_gradients(self.loss, self.optimizer, max_norm=clip, error_if_nonfinite=False)
-        self.optimizer.step()
+        if math.isfinite(value):
+            backward()
         return value
 
     def _loss(self, arguments: dict[str, Any]) -> tuple[Tensor, Callable[[], None]]:
@@ -249,8 +263,14 @@ class Run:
         if self.compiled is not None:
             loss, variables, grads = self.compiled(**arguments)
             return loss, lambda: accumulate(variables, grads)
-        loss = self.loss(arguments)
-        return loss, lambda: self.fabric.backward(loss)
+        loss = self.loss(**arguments)
+        return loss, loss.backward
+
+    def _bad_site(self, batch: Any, noise: Tensor) -> str | None:
+        """The site whose log-probability is not finite, when the last minibatch is drawn again."""
+        torch.set_rng_state(noise)
+        with torch.no_grad():
+            return draw(self.program, batch, 1, self.survey).first_bad()
 
     def _check_parameters(self, cause: Exception | None = None) -> None:
         bad = [name for name, p in self.program.named_parameters() if not bool(torch.isfinite(p).all())]
@@ -260,34 +280,6 @@ class Run:
     def _complaint(self, got: str, where: str) -> str:
         kept = "" if self.folder is None else f". The last good checkpoint is in {self.folder}"
         return f"Expected a finite loss; got {got} in epoch {len(self.history) + 1}: {where}{kept}"
-
-    def _measure(self, part: str, limit: int | None = MEASURED) -> dict[str, float]:
-        """ELBO, log p(x | z) and KL with one draw for each datum; of labelled validation data the error, too."""
-        data, draws = self.parts[part]
-        classes = 1 if draws.survey.label is None else len(draws.survey.label.values)
-        limit = None if limit is None else max(1, limit // classes)
-        sums, seen, wrong = torch.zeros(3, dtype=torch.float64), 0, None
-        with self.program.inference(MEASURING_SEED):
-            if part == "train" and isinstance(data, Data) and limit is not None and len(data) > limit:
-                data = data.rows(torch.randperm(len(data))[:limit].to(self.fabric.device))
-            for batch in self._stream(data, part, evenly(len(data), draws.rows) if isinstance(data, Data) else None):
-                if part == "val" and draws.survey.label is not None and self.program.label in batch:
-                    if self.supervision is not None:
-                        wrong = (wrong or 0) + self.supervision.mistakes(batch, part)
-                    batch = without(self.program.label, batch)
-                check_keys(batch, self.program.model, self.program.guide)
-                draws.survey.check_support(batch, part)
-                weights = draws(batch, 1, seen)
-                terms = weights.elbo, weights.log_px_z, weights.kl
-                sums += torch.stack([term.double().sum().cpu() for term in terms])
-                seen += num_rows(batch)
-                if part == "train" and seen >= (limit or MEASURED) and not (limit is None and isinstance(data, Data)):
-                    break
-        if seen == 0:
-            raise ValueError(f"Expected {part} to hold at least one datum; got an empty DataLoader")
-        names = "elbo", "log_px_z", "kl"
-        measured: dict[str, float] = dict(zip(names, (sums / seen).tolist(), strict=True))
-        return measured if wrong is None else {**measured, "error": wrong / seen}
 
     def _write_config(self) -> None:
         assert self.folder is not None
@@ -308,13 +300,13 @@ class Run:
                 "best": self.best,
                 "best_epoch": self.best_epoch,
                 "generator": self.generator.get_state(),
-                "random": checkpoint.random_state(),
+                "random": self.processes.gather(checkpoint.random_state),
             }
         )
 
     def _write(self) -> None:
         """Write best weights, metrics and checkpoint, as of the end of the last epoch, unless that was done."""
-        if self.folder is None or self.kept is None:
+        if self.folder is None or self.kept is None or self.processes.rank > 0:
             return
         if self.kept["history"]:
             weights = self.kept["best"] or self.kept["program"]
@@ -336,6 +328,11 @@ class Run:
         checkpoint.fill(self.program, saved["program"], f"{self.folder}/{checkpoint.CHECKPOINT}")
         self.optimizer.load_state_dict(saved["optimizer"])
         self.history, self.best_epoch = saved["history"], saved["best_epoch"]
-        self.best = {name: value.to(self.fabric.device) for name, value in saved["best"].items()}
+        self.best = {name: value.to(self.processes.device) for name, value in saved["best"].items()}
         self.generator.set_state(saved["generator"])
-        checkpoint.restore_random_state(saved["random"])
+        noise, rank = saved["random"], self.processes.rank
+        if rank < len(noise):
+            checkpoint.restore_random_state(noise[rank])
+        else:  # more processes than before
+            ahead = self.generator.clone_state()
+            torch.manual_seed(int(torch.randint(2**62, (), generator=ahead)) + rank)

@@ -19,9 +19,10 @@ from pyrovae.learning.chains import Chains
 from pyrovae.learning.local import FIRST, LocalGuide, prepared, running
 from pyrovae.learning.map import model_parameters
 from pyrovae.learning.wake_sleep import WakeSleep_ELBO
+from pyrovae.measure import SEED
 from pyrovae.noise import draw_seed, forked
 from pyrovae.program import LatentModel
-from pyrovae.run import MEASURING_SEED, History
+from pyrovae.run import History
 from pyrovae.traces import check_whole
 
 Rate = float | Callable[[int], float]
@@ -152,7 +153,7 @@ def variational_em(
                 with forked():  # training draws what it draws without val
                     for batch in data.batches(batch_size):
                         _e_step(local.eval(), batch, bound, inner["val_"], steps, inner[""].param_groups[0]["lr"])
-            seen = {name: evaluate(*part, 1, seed=MEASURING_SEED, progress=False) for name, part in parts.items()}
+            seen = {name: evaluate(*part, 1, seed=SEED, progress=False) for name, part in parts.items()}
             return {f"{name}elbo": found.elbo.mean().item() for name, found in seen.items()}
 
         theta = _theta(program.program, parts[""][1])
