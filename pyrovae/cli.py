@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import asdict, replace
 from datetime import datetime
 from functools import partial
@@ -17,11 +18,12 @@ from pyrovae import checkpoint, models, plots
 from pyrovae import data as data_sets
 from pyrovae.compare import compare
 from pyrovae.compiled import CompileError
-from pyrovae.evaluate import evaluate
+from pyrovae.evaluate import Evaluation, evaluate
 from pyrovae.fit import fit
 from pyrovae.music import write_midi
 from pyrovae.options import Compare, Evaluate, Sample, Train
-from pyrovae.program import LatentModel
+from pyrovae.processes import Processes
+from pyrovae.program import LatentModel, device_of
 from pyrovae.recipes import (
     SEQUENTIAL,
     bound_of,
@@ -39,7 +41,16 @@ from pyrovae.run import score
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MAY_CHANGE = ("epochs", "patience", "device", "num_particles", "resume", "out")  # of a run that is resumed
+MAY_CHANGE = (
+    "epochs",
+    "patience",
+    "device",
+    "devices",
+    "num_nodes",
+    "num_particles",
+    "resume",
+    "out",
+)  # of a run that is resumed
 
 
 def main() -> None:
@@ -96,37 +107,64 @@ def _train(command: Train) -> None:
     """`pyrovae train`."""
     check_options(command)
     splits = load_splits(command)
+    lr, _ = rate_of(command), bound_of(command, len(splits.train))  # before a VAE is trained for its clusters
+    processes = Processes.start(command.device, command.devices, command.num_nodes)
+    folder = processes.first(lambda: _new_folder(command))
+    with _first_alone_prints(processes):
+        program, data = program_of(command, splits)
+        processes.first(lambda: _begin(command, splits, folder))
+        print(
+            f"{command.data}: {len(splits.train)} training, {len(splits.val)} validation, {len(splits.test)} test data "
+            f"of {_values(splits)}, binarization {splits.binarize}\n"
+            f"{type(program).__name__} with {sum(p.numel() for p in program.parameters()):,} parameters"
+            f"{_families(command)}; writing to {folder}"
+        )
+        history = fit(
+            program,
+            **data,
+            **bound_of(command, len(data["train"])),
+            epochs=command.epochs,
+            batch_size=command.batch_size,
+            lr=lr,
+            optimizer=partial(Adam, weight_decay=command.weight_decay, fused=True) if command.weight_decay else None,
+            patience=command.patience,
+            grad_clip=command.grad_clip,
+            seed=command.seed,
+            run_dir=folder,
+            resume=command.resume,
+            device=command.device,
+            precision=command.precision,
+            compile=command.compile,
+        )
+        processes.first(lambda: _show(command, program, splits, folder, history))
+        _evaluate(Evaluate(folder, command.num_particles, compile=command.compile), program)
+        ladder = tuple(k for k in Compare.num_particles if k < command.num_particles)
+        if processes.rank == 0:
+            _compare(Compare(folder, (*ladder, command.num_particles)), program)
+
+
+def _first_alone_prints(processes: Processes) -> AbstractContextManager[Any]:
+    return redirect_stdout(None) if processes.rank > 0 else nullcontext()
+
+
+def _new_folder(command: Train) -> Path:
+    """Of the run; it is free, unless the run is resumed."""
     folder = command.out or Path("runs") / f"{Path(command.data).stem}-{datetime.now():%Y%m%d-%H%M%S}"
     if not command.resume:
         checkpoint.check_new(folder)
-    lr, _ = rate_of(command), bound_of(command, len(splits.train))  # before a VAE is trained for its clusters
-    program, data = program_of(command, splits)
+    return folder
+
+
+def _begin(command: Train, splits: data_sets.Splits, folder: Path) -> None:
     checkpoint.open_run(folder, command.resume)
     if not command.resume:
         _record(command, splits, folder)
-    print(
-        f"{command.data}: {len(splits.train)} training, {len(splits.val)} validation, {len(splits.test)} test data of "
-        f"{_values(splits)}, binarization {splits.binarize}\n"
-        f"{type(program).__name__} with {sum(p.numel() for p in program.parameters()):,} parameters"
-        f"{_families(command)}; writing to {folder}"
-    )
-    history = fit(
-        program,
-        **data,
-        **bound_of(command, len(data["train"])),
-        epochs=command.epochs,
-        batch_size=command.batch_size,
-        lr=lr,
-        optimizer=partial(Adam, weight_decay=command.weight_decay, fused=True) if command.weight_decay else None,
-        patience=command.patience,
-        grad_clip=command.grad_clip,
-        seed=command.seed,
-        run_dir=folder,
-        resume=command.resume,
-        device=command.device,
-        precision=command.precision,
-        compile=command.compile,
-    )
+
+
+def _show(
+    command: Train, program: LatentModel, splits: data_sets.Splits, folder: Path, history: list[dict[str, float]]
+) -> None:
+    """Say what became of the training, and draw its pictures."""
     _record(command, splits, folder)
     best = max(history, key=score)
     seconds = sum(row["seconds"] for row in history)
@@ -136,9 +174,6 @@ def _train(command: Train) -> None:
     for name, figure in _pictures(command, program, splits, history).items():
         _draw(figure, folder / f"{name}.png")
     _animate(program, splits, folder)
-    _evaluate(Evaluate(folder, command.num_particles, compile=command.compile), program)
-    ladder = tuple(k for k in Compare.num_particles if k < command.num_particles)
-    _compare(Compare(folder, (*ladder, command.num_particles)), program)
 
 
 def _values(splits: data_sets.Splits) -> str:
@@ -206,6 +241,7 @@ def _evaluate(command: Evaluate, program: LatentModel | None = None) -> None:
     program, stored, splits = _open(command.run, program)
     part: data_sets.Data = getattr(splits, command.part)
     clusters = stored.model in ("mixture", "mixture-vae")
+    processes = Processes.start(device_of(program) or "cpu", command.devices)
     result = evaluate(
         program,
         of_part(stored, splits, command.part),
@@ -215,7 +251,12 @@ def _evaluate(command: Evaluate, program: LatentModel | None = None) -> None:
         precision=command.precision,
         compile=command.compile,
     )
-    error = _test_error(program, part)
+    with _first_alone_prints(processes):
+        processes.first(lambda: _report(command, result, _test_error(program, part)))
+
+
+def _report(command: Evaluate, result: Evaluation, error: dict[str, float]) -> None:
+    """Write evaluation.json, and print what is in it."""
     per_datum = {name: getattr(result, name).tolist() for name in ("log_px", "elbo", "standard_error", "ess", "k_hat")}
     content = {"part": command.part, "seed": command.seed, **result.summary(), **error, "per_datum": per_datum}
     checkpoint.write_json(command.run / "evaluation.json", content)

@@ -11,6 +11,7 @@ from torch import Tensor
 from pyrovae.clustering import Clustering, agreement, check_classes
 from pyrovae.compiled import Compile
 from pyrovae.conditionals.conditional import networks_in
+from pyrovae.data import Data, as_data
 from pyrovae.draws import Plan, Weights
 from pyrovae.noise import draw_seed
 from pyrovae.processes import Processes
@@ -186,10 +187,17 @@ def evaluate(
         True
     """
     check_arguments(program, num_particles)
+    data = as_data(data)
     processes = Processes.start(device_of(program) or torch.device("cpu"), devices)
     seed = processes.seed() if seed is None else seed
     with program.inference(seed), pyro.validation_enabled(False), networks_in(precision):
-        plan = Plan.of(program, data, num_particles, batch_size, chunk_size, compile, processes)
+        if processes.size > 1:
+            processes.check_same(
+                program=program.state_dict(), seed=seed, data=data.tensors if isinstance(data, Data) else None
+            )
+        plan = processes.together(
+            lambda: Plan.of(program, data, num_particles, batch_size, chunk_size, compile, processes)
+        )
         if classes is not None:
             _check_clusters(program, plan, classes)
         found = processes.gather(lambda: _measured(program, plan, classes is not None, progress))

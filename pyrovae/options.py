@@ -98,6 +98,10 @@ class Train:
     """Of initial weights, binarization, minibatches and noise."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to train."""
+    devices: int | None = None
+    """Processes that share each minibatch, each on a device of its own; by default those that torchrun has started."""
+    num_nodes: int = 1
+    """Machines, with so many --devices each; torchrun starts the command on every one."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     """bf16-mixed: networks in bfloat16."""
     compile: bool = False
@@ -122,6 +126,8 @@ class Evaluate:
     """Which part of the data."""
     seed: int = 0
     """Of the draws."""
+    devices: int | None = None
+    """Processes that share the data; by default those that torchrun has started."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     """bf16-mixed: networks in bfloat16."""
     compile: bool = False

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, product
 from typing import Any, TypeVar
 
 import torch
@@ -92,6 +92,12 @@ class Processes:
                 raise error
         return [value for value, _ in everyone]
 
+    def together(self, make: Callable[[], Value]) -> Value:
+        """What this process makes; where another fails to, its error."""
+        made: list[Value] = []
+        self.gather(lambda: made.append(make()))
+        return made[0]
+
     def first(self, make: Callable[[], Value]) -> Value:
         """What the first process makes, in all."""
         return self.gather(lambda: make() if self.rank == 0 else None)[0]  # pyright: ignore[reportReturnType]
@@ -129,7 +135,7 @@ class Processes:
         if self.size == 1:
             return value
         own = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        there = torch.tensor([value, *(p.grad is not None for p in parameters)])
+        there = torch.tensor([value, *(p.grad is not None for p in parameters)], dtype=torch.float64)
         total = self.sum(torch.cat([*(gradient.flatten() for gradient in own), there.to(own[0])]))
         *gradients, there = total.split([*(p.numel() for p in parameters), 1 + len(parameters)])
         for parameter, gradient, found in zip(parameters, gradients, there[1:].tolist(), strict=True):
@@ -148,13 +154,13 @@ class Processes:
 
     def check_same(self, **what: Any) -> None:
         """Raises ValueError where what all processes must have in common differs, as data that are drawn unseeded."""
-        for other, found in enumerate(self.gather(lambda: {name: fingerprint(value) for name, value in what.items()})):
-            for name, value in what.items():
-                if found[name] != fingerprint(value):
-                    raise ValueError(
-                        f"Expected the same {name} in all {self.size} processes; got others in process {other} than "
-                        f"in process {self.rank}. Seed what is drawn, or read it from a file"
-                    )
+        marks = self.gather(lambda: {name: fingerprint(value) for name, value in what.items()})
+        for other, name in product(range(self.size), what):
+            if marks[other][name] != marks[0][name]:
+                raise ValueError(
+                    f"Expected the same {name} in all {self.size} processes; got others in process {other} than in "
+                    "process 0. Seed what is drawn, or read it from a file"
+                )
 
 
 def is_sharded(data: Any) -> bool:

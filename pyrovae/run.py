@@ -85,7 +85,7 @@ class Run:
             settings=settings, **{name: data.tensors for name, data in held.items() if isinstance(data, Data)}
         )
         self.steps = steps_in(self.train, settings["batch_size"]) or 0
-        self.survey = self._first_look()
+        self.survey = processes.together(self._first_look)
         self.supervision = None
         if self.labeled is not None:
             size, weight = settings["labeled_batch_size"], settings["supervised_weight"]
