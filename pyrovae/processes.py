@@ -60,7 +60,7 @@ class Processes:
         try:
             strategy = "ddp" if size > 1 else "auto"
             fabric = Fabric(accelerator=device, strategy=strategy, devices=devices or 1, num_nodes=num_nodes)
-            if size > 1:
+            if size > 1 and not dist.is_initialized():  # Fabric's own launcher has done it
                 _check_script()
                 fabric.launch()
         except (RuntimeError, ValueError) as error:
@@ -106,15 +106,6 @@ class Processes:
         """A seed from the first process's generator; each process draws one."""
         return self.gather(draw_seed)[0]
 
-    def sum(self, values: Tensor) -> Tensor:
-        """The sum over all processes."""
-        if self.size == 1:
-            return values
-        total = values.to(self.device)
-        with _in_step(self.size):
-            dist.all_reduce(total)
-        return total.to(values.device)
-
     @torch.no_grad()
     def agree(self, module: nn.Module) -> None:
         """Give all processes the parameters and buffers of the first."""
@@ -136,7 +127,9 @@ class Processes:
             return value
         own = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         there = torch.tensor([value, *(p.grad is not None for p in parameters)], dtype=torch.float64)
-        total = self.sum(torch.cat([*(gradient.flatten() for gradient in own), there.to(own[0])]))
+        total = torch.cat([*(gradient.flatten() for gradient in own), there.to(own[0])])
+        with _in_step(self.size):
+            dist.all_reduce(total)
         *gradients, there = total.split([*(p.numel() for p in parameters), 1 + len(parameters)])
         for parameter, gradient, found in zip(parameters, gradients, there[1:].tolist(), strict=True):
             if found:
