@@ -1,0 +1,187 @@
+"""Data larger than memory, for a torch `DataLoader`: memory-mapped files, their shuffling, epochs of a stream."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+
+
+def as_floats(x: np.ndarray) -> Tensor:
+    """A float32 tensor; bytes are scaled to [0, 1].
+
+    Raises:
+        ValueError: for an array of another kind than floats, bytes or booleans.
+    """
+    if x.dtype == np.uint8:
+        x = x.astype(np.float32) / 255
+    elif x.dtype.kind not in "fb":
+        raise ValueError(f"Expected an array of floats, bytes (uint8) or booleans; got {x.dtype}")
+    return torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
+
+
+class Mapped(Dataset[dict[str, Tensor]]):
+    """The rows of `.npy` files, read from the disk as they are asked for.
+
+    It is made for a `DataLoader`, `DataLoader(Mapped("x.npy"), batch_size=100, sampler=...)`, which reads a minibatch
+    at once. Rows come out as `load` has them: float32 vectors `(D,)`, bytes scaled to [0, 1]; beside `lengths`
+    sequences `(T, D)`. Whole numbers `(N,)`, as labels and lengths, are int64. What was read stays in the system's
+    page cache, which gives way where memory is needed. Each worker of a `DataLoader` opens the files for itself.
+
+    Args:
+        files: path of an `.npy` file, whose rows are `x`; or a dict of paths, named as the arguments of the program.
+
+    Raises:
+        ValueError: for what is no `.npy` file, pickled objects, values of another kind, files of no rows or of unequal
+            numbers of them, and a file shorter than its header says, also where it becomes so later.
+        FileNotFoundError: where a file is missing.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     np.save(f"{folder}/x.npy", np.full((5, 2, 2), 255, np.uint8))
+        ...     data = Mapped(f"{folder}/x.npy")
+        ...     len(data), data[0]["x"], [len(batch["x"]) for batch in DataLoader(data, batch_size=3)]
+        (5, tensor([1., 1., 1., 1.]), [3, 2])
+    """
+
+    def __init__(self, files: str | Path | Mapping[str, str | Path]):
+        self.files = files
+        self.paths = {key: Path(path) for key, path in (files if isinstance(files, Mapping) else {"x": files}).items()}
+        self.arrays = {key: _mapped(path) for key, path in self.paths.items()}
+        self.sizes = {key: path.stat().st_size for key, path in self.paths.items()}
+        rows = {key: len(array) for key, array in self.arrays.items()}
+        if len(set(rows.values())) != 1 or 0 in rows.values():
+            raise ValueError(f"Expected files with one common number of rows, at least 1; got {rows or 'no files'}")
+
+    def __len__(self) -> int:
+        return len(next(iter(self.arrays.values())))
+
+    def __getitem__(self, index: int | list[int] | slice) -> dict[str, Tensor]:
+        """A row; of a list of numbers, or a slice, several, `(B, ...)`."""
+        for key, path in self.paths.items():
+            if (size := path.stat().st_size) < self.sizes[key]:  # who reads beyond the end is killed
+                raise ValueError(f"Expected {path} to keep its {self.sizes[key]} bytes; got {size}")
+        return {key: self._read(array, index) for key, array in self.arrays.items()}
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Tensor]]:
+        """The rows of a minibatch, read at once."""
+        batch = self[indices]
+        return [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
+
+    def _read(self, array: np.ndarray, index: int | list[int] | slice) -> Tensor:
+        rows = np.array(array[index])
+        if array.ndim > 1 and "lengths" not in self.arrays:
+            rows = rows.reshape(*rows.shape[: rows.ndim - array.ndim + 1], -1)
+        return _as_tensor(rows, array.ndim)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"files": self.files}  # mapped arrays would be pickled whole
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
+
+
+def _mapped(path: Path) -> np.ndarray:
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(array, np.ndarray) or array.ndim == 0:
+            raise ValueError("it holds no array (N, ...)")
+        _as_tensor(np.array(array[:0]), array.ndim)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"Expected an .npy file without pickled objects; got {path}: {error}") from error
+    return array
+
+
+def _as_tensor(rows: np.ndarray, ndim: int) -> Tensor:
+    if ndim == 1 and rows.dtype.kind in "iu":
+        return torch.from_numpy(rows.astype(np.int64))
+    return as_floats(rows)
+
+
+class Blocks(Sampler[int]):
+    """A random order of N data that reads a file in blocks and holds no list of all data.
+
+    `DataLoader(shuffle=True)` holds a list of all N numbers, about 40 bytes each, and jumps from row to row. Here the
+    order of the blocks is random, and each `mixed` of them, one after the other, are shuffled together. It is as good
+    as a full shuffle where the file's order tells nothing; a file that is sorted, by class say, wants many blocks.
+
+    Args:
+        data: a data set of known length, as `Mapped`.
+        size: rows that follow each other, in a block.
+        mixed: blocks whose rows are shuffled together.
+
+    Example:
+        >>> sorted(Blocks(range(10), size=3, mixed=2))
+        [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+    """
+
+    def __init__(self, data: Any, size: int = 256, mixed: int = 64):
+        if size < 1 or mixed < 1:
+            raise ValueError(f"Expected size and mixed to be at least 1; got {size} and {mixed}")
+        self.data, self.size, self.mixed = data, size, mixed
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(int(torch.empty((), dtype=torch.int64).random_()))
+        blocks = torch.randperm(math.ceil(len(self) / self.size), generator=generator)
+        for starts in (blocks * self.size).split(self.mixed):
+            rows = (starts.unsqueeze(1) + torch.arange(self.size)).flatten()
+            rows = rows[rows < len(self)]
+            yield from rows[torch.randperm(len(rows), generator=generator)].tolist()
+
+
+def in_epochs(batches: Iterable[Any] | Callable[[], Iterable[Any]], steps: int) -> DataLoader[Any]:
+    """Minibatches of a long or endless stream for `fit`, so many to an epoch: each goes on where the last one stopped.
+
+    Where the stream ends it is begun again. What `fit` measures after an epoch is taken from it, too: the next 10,000
+    data. Workers of a `DataLoader` within are started once and not for each epoch.
+
+    Args:
+        batches: a `DataLoader`, or any other iterable of minibatches; or a function that returns one.
+        steps: minibatches in an epoch.
+
+    Raises:
+        ValueError: for steps < 1, and, as it is read, where the stream can be read but once and has come to its end.
+
+    Example:
+        >>> def noise():
+        ...     while True:
+        ...         yield torch.randn(100, 784)
+        >>> [len(x) for x in in_epochs(noise, steps=3)]
+        [100, 100, 100]
+    """
+    if steps < 1:
+        raise ValueError(f"Expected steps to be at least 1; got {steps}")
+    return DataLoader(_Epochs(batches, steps), batch_size=None)
+
+
+class _Epochs(IterableDataset[Any]):
+    """A stream in parts of `steps` minibatches; it is held open from one to the next."""
+
+    def __init__(self, batches: Any, steps: int):
+        self.batches, self.steps = batches, steps
+        self.open: Iterator[Any] = iter(())
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[Any]:
+        for _ in range(self.steps):
+            try:
+                batch = next(self.open)
+            except StopIteration:
+                batch = self._begin()
+            yield batch
+
+    def _begin(self) -> Any:
+        self.open = iter(self.batches if isinstance(self.batches, Iterable) else self.batches())
+        for batch in self.open:
+            return batch
+        raise ValueError("Expected a stream that can be read again from its beginning, and is not empty; got its end")
