@@ -2,19 +2,21 @@
 
     python benchmarks/stream.py                                   # 20 GB generated on the fly, for a minute
     python benchmarks/stream.py --seconds 600                     # until all 20 GB have passed
-    python benchmarks/stream.py --source mapped --gigabytes 8     # a memory-mapped .npy (sparse: it takes no disk)
+    python benchmarks/stream.py --source file                     # an .npy file of 20 GB (sparse: it takes no disk)
     python benchmarks/stream.py --num-workers 1                   # made, or read, by a worker of the DataLoader
 
 A VAE 784-200-20 on binary images, drawn from ten prototypes; in minibatches of 100 as float32, 0.3 MB each. Once a
 second the memory of the process is read from /proc (Linux): VmRSS is all of it, RssAnon its own, RssFile the pages of
-files, which the system takes back where they are wanted. Its slope after the warm-up is by least squares.
+files that are mapped. Its slope after the warm-up is by least squares.
 """
 
+import math
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +26,7 @@ import tyro
 from torch.utils.data import DataLoader, IterableDataset
 
 import pyrovae as pv
-from pyrovae.data import Blocks, Mapped
+from pyrovae.data import Blocks, OnDisk
 
 DIM = 784
 KINDS = "VmRSS", "RssAnon", "RssFile", "RssShmem"
@@ -38,8 +40,8 @@ class Options:
     """At most, of training."""
     gigabytes: float = 20
     """Length of the stream, or size of the file."""
-    source: Literal["generated", "mapped"] = "generated"
-    """Images made on the fly, or the rows of a memory-mapped file of zeros."""
+    source: Literal["generated", "file"] = "generated"
+    """Images made on the fly, or the rows of an .npy file of zeros."""
     batch_size: int = 100
     """Images in a minibatch."""
     num_workers: int = 0
@@ -75,19 +77,21 @@ class Measured(IterableDataset):
     most: float
     seconds: float
     bytes: int = 0
-    end: float = field(default_factory=lambda: float("inf"))
+    end: float = math.inf
+    over: threading.Event = field(default_factory=threading.Event)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         given = 0
         for loaded in self.loader:
             batch = loaded["x"] if isinstance(loaded, dict) else loaded
-            if given >= 10_000 and self.end == float("inf"):  # more than is measured: training has begun
+            if given >= 10_000 and self.end == math.inf:  # more than is measured: training has begun
                 self.end = time.monotonic() + self.seconds
             if given > 10_000 and (self.bytes >= self.most or time.monotonic() > self.end):
-                return
+                break
             given += len(batch)
             self.bytes += batch.nbytes
             yield batch
+        self.over.set()
 
 
 class Watch(threading.Thread):
@@ -95,29 +99,23 @@ class Watch(threading.Thread):
 
     def __init__(self, stream: Measured):
         super().__init__(daemon=True)
-        self.stream, self.rows, self.over = stream, [], threading.Event()
+        self.stream, self.rows = stream, []
 
     def run(self) -> None:
         start = time.monotonic()
-        while not self.over.wait(1.0):
-            children = [
-                int(pid) for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()
-            ]
-            own, others = memory("self"), [memory(pid) for pid in children]
-            workers = sum(child["RssAnon"] + child["RssShmem"] for child in others)
-            self.rows.append(
-                (
-                    time.monotonic() - start,
-                    self.stream.bytes / 1e9,
-                    own["VmRSS"],
-                    own["RssAnon"],
-                    own["RssFile"],
-                    workers,
-                )
-            )
+        while not self.stream.over.wait(1.0):
+            self.rows.append((time.monotonic() - start, self.stream.bytes / 1e9, *resident()))
 
 
-def memory(pid: int | str) -> dict[str, float]:
+def resident() -> list[float]:
+    """VmRSS, RssAnon and RssFile of this process, and its children's own memory; MiB."""
+    own = memory("self")
+    lists = (path.read_text().split() for path in Path("/proc/self/task").glob("*/children"))
+    workers = [memory(pid) for pid in chain.from_iterable(lists)]
+    return [*(own[kind] for kind in KINDS[:3]), sum(child["RssAnon"] + child["RssShmem"] for child in workers)]
+
+
+def memory(pid: str) -> dict[str, float]:
     """Of a process, in MiB; 0 for one that has ended."""
     found = dict.fromkeys(KINDS, 0.0)
     try:
@@ -142,7 +140,7 @@ def loader_of(options: Options, folder: str) -> DataLoader:
         return DataLoader(Images(options.batch_size), batch_size=None, num_workers=options.num_workers)
     path, rows = f"{folder}/x.npy", int(options.gigabytes * 1e9) // (4 * DIM)
     np.lib.format.open_memmap(path, "w+", np.float32, (rows, DIM))
-    data = Mapped(path)
+    data = OnDisk(path)
     return DataLoader(data, options.batch_size, sampler=Blocks(data), num_workers=options.num_workers)
 
 
@@ -156,7 +154,6 @@ def main(options: Options) -> None:
         program = pv.VAE.mlp(DIM, 20, (200,))
         loader = DataLoader(stream, batch_size=None)
         history = pv.fit(program, loader, epochs=1, seed=0, compile=options.compile, progress=False)
-        watch.over.set()
         watch.join()
     names = "seconds", "GB passed", "VmRSS", "RssAnon", "RssFile", "workers"
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; {options}")

@@ -14,7 +14,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 from pyrovae import sources
 from pyrovae.sequences import ended
 from pyrovae.streams import Blocks as Blocks
-from pyrovae.streams import Mapped as Mapped
+from pyrovae.streams import OnDisk as OnDisk
 from pyrovae.streams import as_floats
 from pyrovae.streams import in_epochs as in_epochs
 

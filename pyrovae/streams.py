@@ -1,7 +1,8 @@
-"""Data larger than memory, for a torch `DataLoader`: memory-mapped files, their shuffling, epochs of a stream."""
+"""Data larger than memory, for a torch `DataLoader`: files read row by row, their shuffling, epochs of a stream."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,83 +25,94 @@ def as_floats(x: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
 
 
-class Mapped(Dataset[dict[str, Tensor]]):
-    """The rows of `.npy` files, read from the disk as they are asked for.
+class OnDisk(Dataset[dict[str, Tensor]]):
+    """The rows of `.npy` files, read from the disk as they are asked for, and never held.
 
-    It is made for a `DataLoader`, `DataLoader(Mapped("x.npy"), batch_size=100, sampler=...)`, which reads a minibatch
-    at once. Rows come out as `load` has them: float32 vectors `(D,)`, bytes scaled to [0, 1]; beside `lengths`
-    sequences `(T, D)`. Whole numbers `(N,)`, as labels and lengths, are int64. What was read stays in the system's
-    page cache, which gives way where memory is needed. Each worker of a `DataLoader` opens the files for itself.
+    It is made for a `DataLoader`, `DataLoader(OnDisk("x.npy"), batch_size=100, sampler=...)`. Rows come out as `load`
+    has them: float32 vectors `(D,)`, bytes scaled to [0, 1]; beside `lengths` sequences `(T, D)`. Whole numbers `(N,)`,
+    as labels and lengths, are int64. The files are read and not mapped into memory: pages of a mapped file count as
+    the process's memory, and a mapped file that is cut ends the process.
 
     Args:
         files: path of an `.npy` file, whose rows are `x`; or a dict of paths, named as the arguments of the program.
 
     Raises:
-        ValueError: for what is no `.npy` file, pickled objects, values of another kind, files of no rows or of unequal
-            numbers of them, and a file shorter than its header says, also where it becomes so later.
+        ValueError: for what is no `.npy` file, pickled objects, values of another kind, Fortran's order, files of no
+            rows or of unequal numbers of them, and a file shorter than its header says, also where it becomes so later.
         FileNotFoundError: where a file is missing.
 
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     np.save(f"{folder}/x.npy", np.full((5, 2, 2), 255, np.uint8))
-        ...     data = Mapped(f"{folder}/x.npy")
+        ...     data = OnDisk(f"{folder}/x.npy")
         ...     len(data), data[0]["x"], [len(batch["x"]) for batch in DataLoader(data, batch_size=3)]
         (5, tensor([1., 1., 1., 1.]), [3, 2])
     """
 
     def __init__(self, files: str | Path | Mapping[str, str | Path]):
         self.files = files
-        self.paths = {key: Path(path) for key, path in (files if isinstance(files, Mapping) else {"x": files}).items()}
-        self.arrays = {key: _mapped(path) for key, path in self.paths.items()}
-        self.sizes = {key: path.stat().st_size for key, path in self.paths.items()}
-        rows = {key: len(array) for key, array in self.arrays.items()}
-        if len(set(rows.values())) != 1 or 0 in rows.values():
-            raise ValueError(f"Expected files with one common number of rows, at least 1; got {rows or 'no files'}")
+        paths = files if isinstance(files, Mapping) else {"x": files}
+        self.arrays = {key: _Array.at(Path(path)) for key, path in paths.items()}
+        rows = {key: array.shape[0] for key, array in self.arrays.items()}
+        if len(set(rows.values())) != 1:
+            raise ValueError(f"Expected files with one common number of rows; got {rows or 'no files'}")
 
     def __len__(self) -> int:
-        return len(next(iter(self.arrays.values())))
+        return next(iter(self.arrays.values())).shape[0]
 
-    def __getitem__(self, index: int | list[int] | slice) -> dict[str, Tensor]:
-        """A row; of a list of numbers, or a slice, several, `(B, ...)`."""
-        for key, path in self.paths.items():
-            if (size := path.stat().st_size) < self.sizes[key]:  # who reads beyond the end is killed
-                raise ValueError(f"Expected {path} to keep its {self.sizes[key]} bytes; got {size}")
-        return {key: self._read(array, index) for key, array in self.arrays.items()}
+    def __getitem__(self, index: int | Iterable[int] | slice) -> dict[str, Tensor]:
+        """A row; of several numbers or a slice a dict of `(B, ...)`."""
+        if isinstance(index, int):
+            return {key: value[0] for key, value in self[[index]].items()}
+        numbers = range(len(self))
+        numbers = numbers[index] if isinstance(index, slice) else [numbers[i] for i in index]
+        flat = "lengths" not in self.arrays
+        return {key: array.read(numbers, flat) for key, array in self.arrays.items()}
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Tensor]]:
-        """The rows of a minibatch, read at once."""
+        """The rows of a minibatch, read together."""
         batch = self[indices]
         return [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
 
-    def _read(self, array: np.ndarray, index: int | list[int] | slice) -> Tensor:
-        rows = np.array(array[index])
-        if array.ndim > 1 and "lengths" not in self.arrays:
-            rows = rows.reshape(*rows.shape[: rows.ndim - array.ndim + 1], -1)
-        return _as_tensor(rows, array.ndim)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"files": self.files}  # mapped arrays would be pickled whole
+@dataclass(frozen=True)
+class _Array:
+    """Where the rows of an `.npy` file stand; `(N, ...)`."""
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)
+    path: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int
 
+    @staticmethod
+    def at(path: Path) -> "_Array":
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)  # its header, which is compared with its size
+            if not isinstance(array, np.memmap) or array.ndim == 0 or array.size == 0:
+                raise ValueError("it holds no array (N, ...) of at least one row")
+            if not array.flags.c_contiguous:
+                raise ValueError("its rows are in Fortran's order; np.ascontiguousarray puts them together")
+            found = _Array(path, array.dtype, array.shape, array.offset)
+            found.read([0], flat=True)
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"Expected an .npy file without pickled objects; got {path}: {error}") from error
+        return found
 
-def _mapped(path: Path) -> np.ndarray:
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-        if not isinstance(array, np.ndarray) or array.ndim == 0:
-            raise ValueError("it holds no array (N, ...)")
-        _as_tensor(np.array(array[:0]), array.ndim)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"Expected an .npy file without pickled objects; got {path}: {error}") from error
-    return array
-
-
-def _as_tensor(rows: np.ndarray, ndim: int) -> Tensor:
-    if ndim == 1 and rows.dtype.kind in "iu":
-        return torch.from_numpy(rows.astype(np.int64))
-    return as_floats(rows)
+    def read(self, numbers: Sequence[int], flat: bool) -> Tensor:
+        """Rows `(B, D)`, or `(B, ...)` as they are."""
+        size = math.prod(self.shape[1:]) * self.dtype.itemsize
+        content = bytearray()
+        with self.path.open("rb", buffering=0) as file:
+            for number in numbers:
+                file.seek(self.offset + number * size)
+                content += file.read(size)
+        if len(content) != size * len(numbers):
+            raise ValueError(f"Expected {self.path} to keep its {self.shape[0]} rows; got fewer: it was cut")
+        rows = np.frombuffer(content, self.dtype).reshape(len(numbers), *self.shape[1:])
+        if rows.ndim == 1 and rows.dtype.kind in "iu":
+            return torch.from_numpy(rows.astype(np.int64))
+        return as_floats(rows.reshape(len(numbers), -1) if flat and rows.ndim > 1 else rows)
 
 
 class Blocks(Sampler[int]):
@@ -111,7 +123,7 @@ class Blocks(Sampler[int]):
     as a full shuffle where the file's order tells nothing; a file that is sorted, by class say, wants many blocks.
 
     Args:
-        data: a data set of known length, as `Mapped`.
+        data: a data set of known length, as `OnDisk`.
         size: rows that follow each other, in a block.
         mixed: blocks whose rows are shuffled together.
 
