@@ -3,7 +3,7 @@
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,15 @@ def steps_in(data: Any, batch_size: int) -> int | None:
     """Steps of an epoch, where they are known."""
     if isinstance(data, Data):
         return math.ceil(len(data) / batch_size)
-    return None if isinstance(data.dataset, IterableDataset) else len(data)
+    return None if isinstance(data.dataset, IterableDataset) and not isinstance(data.dataset, Sized) else len(data)
+
+
+def _check_any(part: str, seen: float) -> None:
+    if seen == 0:
+        raise ValueError(
+            f"Expected {part} to hold at least one datum each time that it is read; got an empty DataLoader. "
+            "A stream that can be read but once is cut into epochs by data.in_epochs"
+        )
 
 
 class Run:
@@ -192,6 +200,7 @@ class Run:
             total += self._step(batch, arguments)
             seen += num_data
             bar.update()
+        _check_any("train", seen)
         row = {"epoch": len(self.history) + 1, "seconds": time.perf_counter() - start, "loss": total / seen}
         row |= {} if weight is None else {"kl_weight": weight}
         self._check_parameters()
@@ -282,8 +291,7 @@ class Run:
                 seen += num_rows(batch)
                 if part == "train" and seen >= (limit or MEASURED) and not (limit is None and isinstance(data, Data)):
                     break
-        if seen == 0:
-            raise ValueError(f"Expected {part} to hold at least one datum; got an empty DataLoader")
+        _check_any(part, seen)
         names = "elbo", "log_px_z", "kl"
         measured: dict[str, float] = dict(zip(names, (sums / seen).tolist(), strict=True))
         return measured if wrong is None else {**measured, "error": wrong / seen}
