@@ -257,7 +257,7 @@ def stream(
     device: torch.device | None = None,
     name: str = "data",
 ) -> Iterator[Batch]:
-    """Minibatches on a device; a DataLoader's are its own, and checked for NaN and infinity as they come."""
+    """Minibatches on a device; a DataLoader's are its own, checked for NaN and infinity as they come, and not kept."""
     if isinstance(data, Data):
         yield from data.to(device).batches(batch_size or len(data), shuffle=shuffle)
         return
@@ -300,6 +300,8 @@ def load(name_or_path: str | Path, binarize: Binarize = "none", *, labels: bool 
     - a path to `.npy` (N, ...) or `.npz`: arrays `train`, `val` (or `valid`) and `test`, or a single `x` with
       an optional `y`, which is cut 80/10/10 at random, always in the same way; with `lengths` (N,) x are sequences
       (N, T, D).
+
+    All of it is read into memory; a file that is larger is read by `OnDisk`.
 
     Args:
         name_or_path: one of the names above, or a path.
