@@ -143,7 +143,8 @@ def evaluate(
 
         log p_K(x) = log (1/K) sum_k w_k,   w_k = p(x, z_k) / q(z_k | x),   z_k ~ q(z | x)
 
-    Weights are formed for each datum and summed as they come, so memory is bounded whatever N and K. Runs without
+    Weights are formed for each datum and summed as they come, so memory is bounded whatever K; with the data of a
+    `DataLoader`, of which one minibatch is held, it grows by what is returned, 40 bytes for each. Runs without
     gradients and in eval mode, on the program's device; the mode and, with a seed, torch's random state are
     restored after.
 
@@ -200,7 +201,7 @@ def evaluate(
             if are_sequences(part):
                 lengths.append(part["lengths"].cpu())
     return Evaluation(
-        **{name: torch.tensor(values, dtype=torch.float64) for name, values in results.items()},
+        **{name: torch.frombuffer(values, dtype=torch.float64) for name, values in results.items()},
         num_particles=num_particles,
         dim=plan.draws.survey.dim,
         num_steps=torch.cat(lengths) if lengths else None,
