@@ -1,6 +1,7 @@
 """Data larger than memory, for a torch `DataLoader`: files read row by row, their shuffling, epochs of a stream."""
 
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,7 +180,8 @@ class _Epochs(IterableDataset[Any]):
 
     def __init__(self, batches: Any, steps: int):
         self.batches, self.steps = batches, steps
-        self.open: Iterator[Any] = iter(())
+        self.open: list[Iterator[Any]] = [iter(())]
+        weakref.finalize(self, self.open.clear)  # at the latest while the interpreter still is whole
 
     def __len__(self) -> int:
         return self.steps
@@ -187,13 +189,13 @@ class _Epochs(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         for _ in range(self.steps):
             try:
-                batch = next(self.open)
+                batch = next(self.open[0])
             except StopIteration:
                 batch = self._begin()
             yield batch
 
     def _begin(self) -> Any:
-        self.open = iter(self.batches if isinstance(self.batches, Iterable) else self.batches())
-        for batch in self.open:
+        self.open[0] = iter(self.batches if isinstance(self.batches, Iterable) else self.batches())
+        for batch in self.open[0]:
             return batch
         raise ValueError("Expected a stream that can be read again from its beginning, and is not empty; got its end")

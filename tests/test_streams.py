@@ -4,6 +4,8 @@ import io
 import os
 import pickle
 import re
+import subprocess
+import sys
 from itertools import islice
 from pathlib import Path
 
@@ -227,6 +229,25 @@ def test_a_stream_that_cannot_begin_again_says_so(batches):
         list(epochs)
     with pytest.raises(ValueError, match="Expected steps to be at least 1; got 0"):
         in_epochs(batches, steps=0)
+
+
+def test_a_stream_that_is_open_is_closed_before_the_interpreter_ends():
+    code = """
+import sys
+from pyrovae.data import in_epochs
+
+def batches(is_finalizing=sys.is_finalizing):
+    try:
+        while True:
+            yield [0.0]
+    finally:
+        print("closed", is_finalizing())
+
+epochs = in_epochs(batches, steps=2)
+list(epochs)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (run.stdout, run.stderr) == ("closed False\n", "")
 
 
 # --- training and measuring ------------------------------------------------------------------------
