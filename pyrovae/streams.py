@@ -89,20 +89,21 @@ class _Array:
     @staticmethod
     def at(path: Path) -> "_Array":
         try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)  # its header, which is compared with its size
-            if not isinstance(array, np.memmap) or array.ndim == 0 or array.size == 0:
+            array = np.lib.format.open_memmap(path, mode="r")  # its header, which is compared with its size
+            if array.ndim == 0 or array.size == 0:
                 raise ValueError("it holds no array (N, ...) of at least one row")
             if not array.flags.c_contiguous:
                 raise ValueError("its rows are in Fortran's order; np.ascontiguousarray puts them together")
             found = _Array(path, array.dtype, array.shape, array.offset)
             found.read([0], flat=True)
-        except (ValueError, EOFError) as error:
+        except ValueError as error:
             raise ValueError(f"Expected an .npy file without pickled objects; got {path}: {error}") from error
         return found
 
     def read(self, numbers: Sequence[int], flat: bool) -> Tensor:
         """Rows `(B, D)`, or `(B, ...)` as they are."""
-        size = math.prod(self.shape[1:]) * self.dtype.itemsize
+        dim = math.prod(self.shape[1:])
+        size = dim * self.dtype.itemsize
         content = bytearray()
         with self.path.open("rb", buffering=0) as file:
             for number in numbers:
@@ -113,7 +114,7 @@ class _Array:
         rows = np.frombuffer(content, self.dtype).reshape(len(numbers), *self.shape[1:])
         if rows.ndim == 1 and rows.dtype.kind in "iu":
             return torch.from_numpy(rows.astype(np.int64))
-        return as_floats(rows.reshape(len(numbers), -1) if flat and rows.ndim > 1 else rows)
+        return as_floats(rows.reshape(len(numbers), dim) if flat and rows.ndim > 1 else rows)
 
 
 class Blocks(Sampler[int]):
