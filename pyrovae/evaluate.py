@@ -144,8 +144,8 @@ def evaluate(
         log p_K(x) = log (1/K) sum_k w_k,   w_k = p(x, z_k) / q(z_k | x),   z_k ~ q(z | x)
 
     Weights are formed for each datum and summed as they come, so memory is bounded whatever K; with the data of a
-    `DataLoader`, of which one minibatch is held, it grows by what is returned, 40 bytes for each. Runs without
-    gradients and in eval mode, on the program's device; the mode and, with a seed, torch's random state are
+    `DataLoader`, of which two minibatches are held at most, it grows by what is returned, 40 bytes for each. Runs
+    without gradients and in eval mode, on the program's device; the mode and, with a seed, torch's random state are
     restored after.
 
     Args:
