@@ -67,8 +67,9 @@ def fit(
     show, as the cluster of a mixture, is trained by U alone.
 
     Memory does not grow with the data of a `DataLoader`: two minibatches are held at most, beside those that its
-    workers have ready, and the order that its own `shuffle=True` draws (`data.Blocks` holds none). After each epoch it is read again from its beginning, as far as is measured; where it cannot,
-    or never ends, `data.in_epochs` cuts it into epochs.
+    workers have ready, and the order that its own `shuffle=True` draws (`data.Blocks` holds none). After each epoch
+    it is read again from its beginning, as far as is measured; where it cannot be, or never ends, `data.in_epochs`
+    cuts it into epochs.
 
     What `check` can tell cheaply of the program is looked at on the first data, and a warning given for each finding.
 
