@@ -1,7 +1,7 @@
 """Data sets, how they are binarized, and minibatches from memory."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -9,10 +9,14 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from pyrovae import sources
 from pyrovae.sequences import ended
+from pyrovae.streams import Blocks as Blocks
+from pyrovae.streams import OnDisk as OnDisk
+from pyrovae.streams import as_floats
+from pyrovae.streams import in_epochs as in_epochs
 
 Batch = dict[str, Tensor]
 Binarize = Literal["none", "dynamic", "static", "threshold"]
@@ -34,15 +38,24 @@ def as_batch(batch: Any, name: str = "batch") -> Batch:
     elif isinstance(batch, list | tuple) and len(batch) in (1, 2):
         batch = dict(zip("xy", batch, strict=False))
     if not isinstance(batch, Mapping) or not all(isinstance(value, Tensor) for value in batch.values()):
-        raise ValueError(
-            f"Expected {name} to be a tensor, a pair (x, y) or a dict of tensors; got {type(batch).__name__}"
-        )
+        raise ValueError(f"Expected {name} to be a tensor, a pair (x, y) or a dict of tensors; got {_kind(batch)}")
     lengths = {key: len(value) if value.dim() else None for key, value in batch.items()}
     if len(set(lengths.values())) != 1 or None in lengths.values():
         raise ValueError(f"Expected the tensors of {name} to have one common first dimension N; got {lengths}")
     if 0 in lengths.values():
         raise ValueError(f"Expected {name} to hold at least one datum; got an empty set")
     return ended(dict(batch), name)
+
+
+def _kind(batch: Any) -> str:
+    kind = type(batch).__name__
+    if isinstance(batch, Mapping):
+        return f"{kind} with " + ", ".join(f"{key!r}: {type(value).__name__}" for key, value in batch.items())
+    if isinstance(batch, list | tuple) and batch:
+        return f"{kind} of {len(batch)}, the first a {type(batch[0]).__name__}"
+    if isinstance(batch, Iterable | Dataset) and not isinstance(batch, np.ndarray):
+        kind += ". DataLoader(data_set, batch_size=100) and data.in_epochs(stream, steps=1000) make minibatches"
+    return kind
 
 
 def num_rows(batch: Batch) -> int:
@@ -232,7 +245,8 @@ def count(data: "Data | DataLoader[Any]") -> int | None:
     """N, where it is known beforehand."""
     if isinstance(data, Data):
         return len(data)
-    return len(data.dataset) if isinstance(data.dataset, Sized) else None
+    whole = data.batch_sampler is None and not isinstance(data.sampler, BatchSampler)  # minibatches of any size
+    return None if whole or not isinstance(data.dataset, Sized) else len(data.dataset)
 
 
 def stream(
@@ -243,7 +257,7 @@ def stream(
     device: torch.device | None = None,
     name: str = "data",
 ) -> Iterator[Batch]:
-    """Minibatches on a device; a DataLoader's are its own, and checked for NaN and infinity as they come."""
+    """Minibatches on a device; a DataLoader's are its own, checked for NaN and infinity as they come, and not kept."""
     if isinstance(data, Data):
         yield from data.to(device).batches(batch_size or len(data), shuffle=shuffle)
         return
@@ -286,6 +300,8 @@ def load(name_or_path: str | Path, binarize: Binarize = "none", *, labels: bool 
     - a path to `.npy` (N, ...) or `.npz`: arrays `train`, `val` (or `valid`) and `test`, or a single `x` with
       an optional `y`, which is cut 80/10/10 at random, always in the same way; with `lengths` (N,) x are sequences
       (N, T, D).
+
+    All of it is read into memory; a file that is larger is read by `OnDisk`.
 
     Args:
         name_or_path: one of the names above, or a path.
@@ -349,10 +365,6 @@ def _datum_shape(x: np.ndarray) -> tuple[int, ...]:
 
 
 def _as_floats(x: np.ndarray) -> Tensor:
-    if x.dtype == np.uint8:
-        x = x.astype(np.float32) / 255
-    elif x.dtype.kind not in "fb":
-        raise ValueError(f"Expected an array of floats, bytes (uint8) or booleans; got {x.dtype}")
     if x.size == 0:
         raise ValueError(f"Expected at least one datum in each part; got shape {x.shape}")
-    return torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
+    return as_floats(x)

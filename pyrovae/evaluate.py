@@ -1,6 +1,8 @@
 """What a program's log-likelihood is, and how far that can be trusted."""
 
 import math
+from array import array
+from collections import defaultdict
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch import Tensor
 from pyrovae.clustering import Clustering, agreement, check_classes
 from pyrovae.compiled import Compile
 from pyrovae.conditionals.conditional import networks_in
-from pyrovae.data import Data, as_data
+from pyrovae.data import Data, as_data, num_rows
 from pyrovae.draws import Plan, Weights
 from pyrovae.noise import draw_seed
 from pyrovae.processes import Processes
@@ -146,8 +148,9 @@ def evaluate(
 
         log p_K(x) = log (1/K) sum_k w_k,   w_k = p(x, z_k) / q(z_k | x),   z_k ~ q(z | x)
 
-    Weights are formed for each datum and summed as they come, so memory is bounded whatever N and K. Runs without
-    gradients and in eval mode, on the program's device; the mode and, with a seed, torch's random state are
+    Weights are formed for each datum and summed as they come, so memory is bounded whatever K; with the data of a
+    `DataLoader`, of which two minibatches are held at most, it grows by what is returned, 48 bytes for each. Runs
+    without gradients and in eval mode, on the program's device; the mode and, with a seed, torch's random state are
     restored after.
 
     Args:
@@ -201,38 +204,41 @@ def evaluate(
         if classes is not None:
             _check_clusters(program, plan, classes)
         found = processes.gather(lambda: _measured(program, plan, classes is not None, progress))
-    tables = [table for tables, _ in found for table in tables]
+    tables = [table for table, _ in found if table]
+    whole = {name: torch.cat([torch.frombuffer(t[name], dtype=torch.float64) for t in tables]) for name in tables[0]}
     if not plan.sharded:
-        tables.sort(key=lambda table: table["first"])
-    whole = {name: torch.cat([table[name] for table in tables]) for name in tables[0]}
+        order = whole["datum"].argsort()
+        whole = {name: values[order] for name, values in whole.items()}
     return Evaluation(
         **{name: whole[name] for name in STATISTICS},
         num_particles=num_particles,
         dim=plan.draws.survey.dim,
-        num_steps=whole.get("lengths"),
+        num_steps=whole["length"].long() if "length" in whole else None,
         active_units=_ActiveUnits.of_all([units for _, units in found]).count(),
-        clustering=None if classes is None else agreement(whole["clusters"], classes),
+        clustering=None if classes is None else agreement(whole["cluster"].long(), classes),
     )
 
 
 def _measured(
     program: LatentModel, plan: Plan, with_clusters: bool, progress: bool
-) -> tuple[list[dict[str, Tensor]], "_ActiveUnits"]:
-    """Of each chunk of this process's data a table, a row for each datum; and what tells which units are active."""
-    tables, units = [], _ActiveUnits()
+) -> "tuple[dict[str, array[float]], _ActiveUnits]":
+    """Columns with a number for each of this process's data; and what tells which units are active."""
+    table, units = defaultdict(lambda: array("d")), _ActiveUnits()
     for first, part in plan.parts(f"log p(x), K = {plan.num_particles}", progress):
         sums = WeightSums(plan.num_particles)
         for weights in plan.weights(first, part):
             sums.add(weights.log_weights, weights.elbo)
             units.add(weights)
         units.end_of_chunk()
-        table = {name: getattr(sums, method)().cpu().double() for name, method in STATISTICS.items()}
+        columns = {name: getattr(sums, method)().tolist() for name, method in STATISTICS.items()}
+        columns["datum"] = range(first, first + num_rows(part))
         if with_clusters:
-            table["clusters"] = program.predict(part).argmax(1).cpu()
+            columns["cluster"] = program.predict(part).argmax(1).tolist()
         if are_sequences(part):
-            table["lengths"] = part["lengths"].cpu()
-        tables.append({"first": torch.tensor([first]), **table})
-    return tables, units
+            columns["length"] = part["lengths"].tolist()
+        for name, values in columns.items():
+            table[name].extend(values)
+    return dict(table), units
 
 
 def _check_clusters(program: LatentModel, plan: Plan, classes: Tensor) -> None:

@@ -70,6 +70,11 @@ def fit(
     the losses of data whose label is shown and not. Without `labeled`, a program with a label that `train` does not
     show, as the cluster of a mixture, is trained by U alone.
 
+    Memory does not grow with the data of a `DataLoader`: two minibatches are held at most, beside those that its
+    workers have ready, and the order that its own `shuffle=True` draws (`data.Blocks` holds none). After each epoch
+    it is read again from its beginning, as far as is measured; where it cannot be, or never ends, `data.in_epochs`
+    cuts it into epochs.
+
     What `check` can tell cheaply of the program is looked at on the first data, and a warning given for each finding.
 
     With `val`, the weights that were best on it are in the program at the end, also when training stops

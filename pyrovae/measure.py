@@ -18,6 +18,15 @@ MEASURED = 10_000  # training data whose ELBO is measured after each epoch
 SEED = 0  # the same noise each epoch, so that epochs differ by their weights alone
 
 
+def check_any(part: str, seen: float) -> None:
+    """Raises ValueError where a part of the data gave none."""
+    if seen == 0:
+        raise ValueError(
+            f"Expected {part} to hold at least one datum each time that it is read; got an empty DataLoader. "
+            "A stream that can be read but once is cut into epochs by data.in_epochs"
+        )
+
+
 @dataclass(frozen=True)
 class Part:
     """Data of a training run, on which the program is measured.
@@ -51,8 +60,7 @@ class Part:
         """
         found = self.processes.gather(lambda: self._sums(limit))
         *sums, num_data, mistakes, has_classes = torch.tensor(found, dtype=torch.float64).sum(0).tolist()
-        if num_data == 0:
-            raise ValueError(f"Expected {self.name} to hold at least one datum; got an empty DataLoader")
+        check_any(self.name, num_data)
         figures = {name: total / num_data for name, total in zip(("elbo", "log_px_z", "kl"), sums, strict=True)}
         return {**figures, "error": mistakes / num_data} if has_classes else figures
 

@@ -31,7 +31,8 @@ class Train:
     that some data have; mixture-vae: latents in clusters; mixture: of Gaussians; auxiliary: one more latent in the
     guide; linear-gaussian. Of sequences: deep-markov, linear-state-space, hidden-markov."""
     data: str = "digits"
-    """digits, mnist, fashion-mnist, binarized-mnist, frey-faces, jsb-chorales, or a .npy or .npz file."""
+    """digits, mnist, fashion-mnist, binarized-mnist, frey-faces, jsb-chorales, or a .npy or .npz file (all of it
+    in memory)."""
     binarize: Literal["auto", "none", "dynamic", "static", "threshold"] = "auto"
     """How grey values become binary; auto: dynamic for a bernoulli likelihood, unless the data are binary already."""
     posterior: Literal["diagonal", "full", "iaf", "planar", "householder", "spline"] = "diagonal"

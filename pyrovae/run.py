@@ -3,7 +3,7 @@
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from pyrovae.check import warn_of_findings
 from pyrovae.conditionals.conditional import networks_in
 from pyrovae.data import Batch, Data, stream
 from pyrovae.draws import Draws
-from pyrovae.measure import SEED, Part
+from pyrovae.measure import SEED, Part, check_any
 from pyrovae.noise import forked
 from pyrovae.objectives import CompiledLoss, accumulate
 from pyrovae.processes import Processes, in_step, shares
@@ -42,7 +42,7 @@ def steps_in(data: Any, batch_size: int) -> int | None:
     """Steps of an epoch, where they are known."""
     if isinstance(data, Data):
         return math.ceil(len(data) / batch_size)
-    return None if isinstance(data.dataset, IterableDataset) else len(data)
+    return None if isinstance(data.dataset, IterableDataset) and not isinstance(data.dataset, Sized) else len(data)
 
 
 class Run:
@@ -189,6 +189,7 @@ class Run:
             seen += num_data
             bar.update()
         self.processes.agree(self.program)  # what the optimizer does not move, as running means of a batch norm
+        check_any("train", seen)
         row = {"epoch": len(self.history) + 1, "seconds": time.perf_counter() - start, "loss": total / seen}
         row |= {} if weight is None else {"kl_weight": weight}
         self._check_parameters()

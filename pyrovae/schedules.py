@@ -83,7 +83,10 @@ def check_kl_weight(kl_weight: float | Schedule, steps: int | None) -> None:
             )
         return
     if steps is None:
-        raise ValueError("Expected train of known length with a kl_weight that moves; got an iterable data set")
+        raise ValueError(
+            "Expected train of known length with a kl_weight that moves; got an iterable data set. "
+            "data.in_epochs(train, steps=1000) gives its epochs a length"
+        )
     largest = 0.0
     for step in range(steps):
         weight = kl_weight(step)

@@ -16,7 +16,7 @@ from pyrovae.traces import replayed_guide
 PACKAGE = Path(pyrovae.__file__).parent
 FLOORS = [
     ("sequences", "noise"),
-    ("nets", "reference", "weights", "sources", "watch", "inductor", "options", "clustering", "attention"),
+    ("nets", "reference", "weights", "sources", "watch", "inductor", "options", "clustering", "attention", "streams"),
     ("data",),
     ("conditionals", "labels", "quadrants", "processes"),
     ("program", "em"),
