@@ -197,7 +197,7 @@ def fit(
 
 def _check_positive(**values: float | None) -> None:
     for name, value in values.items():
-        whole = name not in ("lr", "grad_clip")
+        whole = name not in ("lr", "local_lr", "grad_clip")
         kind = int if whole else (int, float)
         if value is not None and not (isinstance(value, kind) and value > 0 and math.isfinite(value)):
             raise ValueError(f"Expected {name} to be a positive {'whole ' if whole else ''}number; got {value!r}")
