@@ -1,0 +1,539 @@
+"""Numbers under stress: values and gradients at the ends of what float32 and float64 hold, against mpmath.
+
+An input x_i of a function f is known to its last bit alone, so that no algorithm can promise f closer than
+
+    u (|f| + sum_i |x_i df / dx_i|),  u the unit of rounding,
+
+and one that is sound comes within a small multiple of it: `ULPS`, in float32 as in float64. Gradients are held to the
+same, by how much they move as the inputs do. Constants of a formula that are rounded too, as a 1 from which something
+is taken, count among the inputs.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import pytest
+import torch
+from mpmath import mp, mpf
+from torch import Tensor
+from torch.testing import assert_close
+
+from pyrovae import reference
+from pyrovae.conditionals import (
+    Bernoulli,
+    Categorical,
+    ContinuousBernoulli,
+    DiagonalNormal,
+    DiscretizedLogisticMixture,
+    FloorNormal,
+    FullNormal,
+    HouseholderFlow,
+    MixtureOfNormals,
+    OneHotCategorical,
+    StandardNormal,
+    UnitNormal,
+    transforms,
+)
+from pyrovae.conditionals.density import logsumexp
+from pyrovae.conditionals.planar import Planar
+from pyrovae.conditionals.transforms import SPLINE_BOUND, SPLINE_LEAST
+from pyrovae.reference import flows
+
+ULPS = 64
+DIGITS = 120
+UNSEEN = mpf(10) ** -60
+DTYPES = (torch.float32, torch.float64)
+SMALL, LARGE = math.log(1e-8), math.log(1e8)
+both = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
+
+
+@dataclass
+class Case:
+    """A function of rows of numbers, and the same in mpmath.
+
+    Attributes:
+        exact: of the numbers of a row, and of the constants.
+        rows: where.
+        functions: by name, of a tensor `(R, n)` to `(R,)`.
+        given: how many numbers of a row, the first ones, are not differentiated in.
+        constants: of the formula.
+        terms: the size of the largest term in a sum that value or gradient is, where that is more than they are.
+    """
+
+    exact: Callable[..., Any]
+    rows: Sequence[tuple[float, ...]]
+    functions: dict[str, Callable[[Tensor], Tensor]]
+    given: int = 0
+    constants: tuple[float, ...] = ()
+    terms: Callable[..., Any] = lambda *row: 0
+
+
+@cache
+def rounded(value: float) -> float:
+    return torch.tensor(value, dtype=torch.float32).item()
+
+
+def slopes(exact: Callable[..., Any], row: Sequence[Any]) -> list[Any]:
+    """df / dx_i, by central differences of a step that rounding and curvature both leave alone, up to `UNSEEN`."""
+    found = []
+    for i, value in enumerate(row):
+        step = mpf(10) ** -40 * max(abs(value), mpf(10) ** -10)
+        ends = [exact(*row[:i], value + sign * step, *row[i + 1 :]) for sign in (1, -1)]
+        found.append((ends[0] - ends[1]) / (2 * step))
+    return found
+
+
+@cache
+def truth(name: str, row: tuple[float, ...]) -> tuple[Any, Any, list[Any], list[Any]]:
+    """The value, what rounding the inputs may do to it, the gradient, and what it may do to that; times 1/u."""
+    case = CASES[name]
+    numbers = [mpf(rounded(value)) for value in row] + [mpf(value) for value in case.constants]
+    value, gradient = case.exact(*numbers), slopes(case.exact, numbers)
+    if not mp.isfinite(value):
+        return value, mpf(0), gradient, gradient
+    largest = case.terms(*numbers[: len(row)])
+    sway = largest + abs(value) + sum(abs(x * g) for x, g in zip(numbers, gradient, strict=True))
+    sways = [largest + abs(g) for g in gradient]
+    for i, x in enumerate(numbers):
+        moved = slopes(case.exact, [*numbers[:i], x * (1 + mpf(10) ** -20), *numbers[i + 1 :]])
+        sways = [s + abs(a - b) * mpf(10) ** 20 for s, a, b in zip(sways, gradient, moved, strict=True)]
+    return value, sway, gradient, sways
+
+
+def assert_true(name: str, function: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+    case, about = CASES[name], torch.finfo(dtype)
+    unit, least = about.eps / 2, about.tiny
+    inputs = torch.tensor([[rounded(v) for v in row] for row in case.rows], dtype=dtype)
+    given, free = inputs[:, : case.given], inputs[:, case.given :].requires_grad_()
+    found = function(torch.cat([given, free], 1))
+    assert found.dtype == dtype
+    assert found.shape == (len(case.rows),)
+    (gradient,) = torch.autograd.grad(found.sum(), free)
+    with mp.workdps(DIGITS):
+        for row, ours, ours_slopes in zip(case.rows, found.tolist(), gradient.tolist(), strict=True):
+            value, sway, exact_slopes, sways = truth(name, row)
+            if not mp.isfinite(value):
+                assert ours == value, f"at {row}: {ours}, and exactly {value}"
+                continue
+            names = ["f", *(f"df/dx_{i}" for i in range(case.given, len(row)))]
+            pairs = zip(
+                names,
+                [ours, *ours_slopes],
+                [value, *exact_slopes[case.given :]],
+                [sway, *sways[case.given :]],
+                strict=False,
+            )  # constants have slopes, too
+            for what, mine, exactly, may in pairs:
+                if abs(exactly) > about.max:
+                    continue
+                allowed = ULPS * (unit * may + least) + UNSEEN
+                assert math.isfinite(mine), f"{what} at {row}: {mine}, and exactly {mp.nstr(exactly, 17)}"
+                error = abs(mpf(mine) - exactly)
+                assert error <= allowed, (
+                    f"{what} at {row}: {mine!r}, and exactly {mp.nstr(exactly, 17)}: "
+                    f"{mp.nstr(error / (unit * may + least), 3)} ulps"
+                )
+
+
+# --- the densities ---------------------------------------------------------------------------------
+
+
+def normal(x, mu, log_sigma):
+    return -(((x - mu) / mp.exp(log_sigma)) ** 2 + mp.log(2 * mp.pi)) / 2 - log_sigma
+
+
+def softplus(x):
+    return mp.log(1 + mp.exp(x))
+
+
+def log_sum_exp(values):
+    top = max(values)
+    return top + mp.log(sum(mp.exp(v - top) for v in values))
+
+
+def full_normal(x, y, mu, nu, log_s, log_t, lower):
+    eps = (x - mu) / mp.exp(log_s)
+    return normal(x, mu, log_s) + normal(y, nu + lower * eps, log_t)
+
+
+def continuous_bernoulli(x, logit):
+    if logit == 0:
+        return x * logit
+    return x * logit - mp.log(mp.expm1(logit) / logit)
+
+
+def classes(x, *numbers):
+    *logits, one = numbers
+    return one * logits[int(x)] - log_sum_exp(logits)
+
+
+def one_hot(*numbers):
+    *numbers, one = numbers
+    y, logits = numbers[: len(numbers) // 2], numbers[len(numbers) // 2 :]
+    return sum(a * (one * b - log_sum_exp(logits)) for a, b in zip(y, logits, strict=True))
+
+
+def log_sigmoid(x, one=1):
+    return -mp.log(one + mp.exp(-x))
+
+
+def discretized_logistics(x, mu_1, mu_2, log_s_1, log_s_2, log_pi_1, log_pi_2, one, another, half_step):
+    terms, total = [], log_sum_exp([log_pi_1, log_pi_2])
+    for mu, log_s, log_pi in ((mu_1, log_s_1, log_pi_1), (mu_2, log_s_2, log_pi_2)):
+        s, c = mp.exp(max(log_s, mpf(-7))), 2 * x - one
+        above, below = (c + half_step - mu) / s, (c - half_step - mu) / s
+        if x < 0.5 / 255:
+            log_p = log_sigmoid(above, one)
+        elif x > 254.5 / 255:
+            log_p = log_sigmoid(-below, another)
+        else:
+            log_p = log_sigmoid(above, one) + log_sigmoid(-below, another) + mp.log(-mp.expm1(below - above))
+        terms.append(log_pi - total + log_p)
+    return log_sum_exp(terms)
+
+
+def mixture(z, log_pi_1, log_pi_2, mu_1, mu_2, log_s_1, log_s_2):
+    total = log_sum_exp([log_pi_1, log_pi_2])
+    return log_sum_exp([log_pi_1 - total + normal(z, mu_1, log_s_1), log_pi_2 - total + normal(z, mu_2, log_s_2)])
+
+
+def density(family: Any, name: str, dim: int = 1, **parts: Any) -> dict[str, Callable[[Tensor], Tensor]]:
+    """The family's, and the one by hand, of rows of x and eta."""
+    by_hand = (reference.LIKELIHOODS | reference.PRIORS | {"OneHotCategorical": reference.log_one_hot})[name]
+    return {
+        "family": lambda v: family.distribution(v[:, dim:]).log_prob(v[:, :dim]),
+        "by hand": lambda v: by_hand(v[:, :dim], v[:, dim:], **parts),
+    }
+
+
+def one_by_one(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda v: torch.stack([function(row) for row in v])
+
+
+def rows(*columns: Sequence[float]) -> list[tuple[float, ...]]:
+    return list(itertools.product(*columns))
+
+
+SIGMAS = (SMALL, -1.0, 0.0, LARGE)
+LOGITS = (0.0, 1e-8, -1e-8, 1e-3, -1e-3, 1.0, -30.0, 1e4, -1e4)
+MIXTURE_ROWS = [
+    (0.5, 0.0, 0.0, -1.0, 1.0, 0.0, 0.5),
+    (1e4, 0.0, 0.0, 0.0, 1.0, SMALL, LARGE),  # one component is so far that its density is 0
+    (1e4, 1e4, -1e4, 0.0, 1.0, LARGE, SMALL),
+    (1e8, -1e4, 1e4, 1e8, 0.0, SMALL, SMALL),
+    (-1e8, 0.0, 0.0, 0.0, 1e4, SMALL, SMALL),
+]
+LOGISTIC_ROWS = [
+    (k / 255, mu, other, log_s, other_s, log_pi, 0.0)
+    for k in (0, 1, 128, 255)
+    for mu, other, log_s, other_s, log_pi in (
+        (0.0, 0.5, 0.0, -1.0, 0.0),
+        (1e4, -1e4, SMALL, LARGE, 0.0),
+        (1e4, 1e4, SMALL, -7.5, 1.0),
+        (-3.0, -1e4, SMALL, SMALL, -1e4),
+        (0.01, 0.5, LARGE, LARGE, 1e4),
+        (-2.0, -2.5, -8.0, -5.0, 1.0),
+    )
+]
+ONE_HOTS = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
+CLASS_LOGITS = ((0.0, 0.0, 0.0), (1e4, 0.0, -1e4), (-1e4, -1e4, -1e4), (1e-8, -1e4, 1e4), (30.0, 0.1, -30.0))
+
+CASES = {
+    "StandardNormal": Case(
+        lambda z: normal(z, 0, 0),
+        rows((0.0, 1e-8, 1.0, -1e4, 1e8)),
+        {
+            "family": lambda v: StandardNormal(1).to(v.dtype)().log_prob(v),
+            "by hand": reference.log_standard_normal,
+        },
+    ),
+    "UnitNormal": Case(
+        lambda x, mu: normal(x, mu, 0),
+        rows((0.0, 1.0, -1e4, 1e8), (0.0, 1e-8, 1e4)),
+        density(UnitNormal(None), "UnitNormal"),
+    ),
+    "DiagonalNormal": Case(
+        normal,
+        rows((0.0, 1.0, -1e4, 1e8), (0.0, 1e-8, 1e4), SIGMAS),
+        density(DiagonalNormal(None), "DiagonalNormal"),
+    ),
+    "FloorNormal": Case(
+        lambda x, mu, log_s, floor: normal(x, mu, mp.log(floor + mp.exp(log_s))),
+        rows((0.0, 1.0, -1e4, 1e8), (0.0, 1e4), SIGMAS),
+        density(FloorNormal(None, 1e-6), "FloorNormal", floor=1e-6),
+        constants=(1e-6,),
+    ),
+    "FullNormal": Case(
+        full_normal,
+        [
+            (1.0, -2.0, 0.5, 0.25, 0.0, 0.5, 0.3),
+            (1.0, -2.0, 0.5, 0.25, SMALL, LARGE, 0.3),
+            (1.0, -2.0, 0.5, 0.25, LARGE, SMALL, 1e-4),
+            (1e4, 1e4, 0.0, 1e-8, SMALL, SMALL, 1e-8),
+            (1e8, -1e8, 1.0, 0.0, LARGE, LARGE, 1e8),
+        ],
+        density(FullNormal(None), "FullNormal", 2),
+    ),
+    "Bernoulli": Case(
+        lambda x, logit, one: -(one - x) * logit + log_sigmoid(logit),
+        rows((0.0, 1.0), LOGITS),
+        density(Bernoulli(None), "Bernoulli"),
+        1,
+        (1.0,),
+    ),
+    "ContinuousBernoulli": Case(
+        continuous_bernoulli,
+        rows((0.0, 0.25, 1.0), (*LOGITS, 0.4999, 0.5, -0.5, 1e-20, 5.0, -80.0)),
+        {"family": density(ContinuousBernoulli(None), "ContinuousBernoulli")["family"]},
+        1,
+    ),
+    "ContinuousBernoulli of a Bernoulli": Case(
+        lambda x, logit, one: continuous_bernoulli(x, logit) + (one - 1) * mp.log(2),
+        rows((0.0, 0.25, 1.0), (*LOGITS, 0.049, 0.05, -0.05, 1e-20, 5.0, -80.0)),
+        {"by hand": density(ContinuousBernoulli(None), "ContinuousBernoulli")["by hand"]},
+        1,
+        (1.0,),
+    ),
+    "Categorical": Case(
+        classes,
+        [(x, *logits) for x in (0.0, 1.0, 2.0) for logits in CLASS_LOGITS],
+        density(Categorical(None, 3), "Categorical", num_classes=3),
+        1,
+        (1.0,),
+    ),
+    "OneHotCategorical": Case(
+        one_hot,
+        [(*y, *logits) for y in ONE_HOTS for logits in CLASS_LOGITS],
+        density(OneHotCategorical(None), "OneHotCategorical", 3),
+        3,
+        (1.0,),
+    ),
+    "DiscretizedLogisticMixture": Case(
+        discretized_logistics,
+        LOGISTIC_ROWS,
+        density(DiscretizedLogisticMixture(None, 2), "DiscretizedLogisticMixture", num_components=2),
+        1,
+        (1.0, 1.0, 1 / 255),
+    ),
+    "MixtureOfNormals": Case(
+        mixture,
+        MIXTURE_ROWS,
+        {
+            "family": one_by_one(lambda v: MixtureOfNormals(1, 2).distribution(v[1:]).log_prob(v[:1])),
+            "by hand": lambda v: reference.log_mixture_of_normals(v[:, :1], v[:, 1:], num_components=2),
+        },
+    ),
+}
+
+
+# --- the steps of flows ----------------------------------------------------------------------------
+
+
+def sigmoid(x):
+    return 1 / (1 + mp.exp(-x))
+
+
+def knots(*sizes):
+    shares = [mp.exp(size - log_sum_exp(sizes)) for size in sizes]
+    least = mpf(SPLINE_LEAST)
+    found = [-mpf(SPLINE_BOUND)]
+    for share in shares:
+        found.append(found[-1] + 2 * SPLINE_BOUND * (least + (1 - least * len(sizes)) * share))
+    return found
+
+
+def bent(x, w_1, w_2, h_1, h_2, slope, *, log_slope=False):
+    """A rational-quadratic spline of two pieces (Durkan et al. 2019, eq. 4 and 5)."""
+    if abs(x) >= SPLINE_BOUND:
+        return mpf(0) if log_slope else x
+    least = mpf(SPLINE_LEAST)
+    d = [1, least + softplus(slope + mp.log(mp.expm1(1 - least))), 1]
+    xs, ys = knots(w_1, w_2), knots(h_1, h_2)
+    i = int(x >= xs[1])
+    width, height = xs[i + 1] - xs[i], ys[i + 1] - ys[i]
+    s, t = height / width, (x - xs[i]) / width
+    below = s + (d[i + 1] + d[i] - 2 * s) * t * (1 - t)
+    if log_slope:
+        return mp.log(s**2 * (d[i + 1] * t**2 + 2 * s * t * (1 - t) + d[i] * (1 - t) ** 2) / below**2)
+    return ys[i] + height * (s * t**2 + d[i] * t * (1 - t)) / below
+
+
+def bent_back(y, w_1, w_2, h_1, h_2, slope):
+    """Eq. 6 to 8: so many digits that nothing need be feared of cancelling."""
+    if abs(y) >= SPLINE_BOUND:
+        return y
+    d = [1, mpf(SPLINE_LEAST) + softplus(slope + mp.log(mp.expm1(1 - mpf(SPLINE_LEAST)))), 1]
+    xs, ys = knots(w_1, w_2), knots(h_1, h_2)
+    i = int(y >= ys[1])
+    width, height = xs[i + 1] - xs[i], ys[i + 1] - ys[i]
+    s, rise = height / width, y - ys[i]
+    rest = rise * (d[i + 1] + d[i] - 2 * s)
+    a, b, c = height * (s - d[i]) + rest, height * d[i] - rest, -s * rise
+    return xs[i] + width * 2 * c / (-b - mp.sqrt(b**2 - 4 * a * c))
+
+
+def pushed(z_1, z_2, b, u_1, u_2, w_1, w_2, *, log_det=False):
+    """The planar step's first value; Rezende and Mohamed (2015), eq. 10 to 12 and appendix A.1."""
+    wu = w_1 * u_1 + w_2 * u_2
+    a = mp.tanh(w_1 * z_1 + w_2 * z_2 + b)
+    if log_det:
+        return mp.log(1 + (1 - a**2) * (softplus(wu) - 1))
+    return z_1 + a * (u_1 + (softplus(wu) - 1 - wu) * w_1 / (w_1**2 + w_2**2))
+
+
+def reflected(z_1, z_2, v_1, v_2):
+    return z_1 - 2 * v_1 * (v_1 * z_1 + v_2 * z_2) / (v_1**2 + v_2**2)
+
+
+def curve(function: Any, part: int) -> Callable[[Tensor], Tensor]:
+    """Of rows of a value and its parameters."""
+    return lambda v: function(v[:, :1], v[:, 1:].unsqueeze(-1))[part].squeeze(-1)
+
+
+def planar(log_det: bool) -> Callable[[Tensor], Tensor]:
+    def value(v: Tensor) -> Tensor:
+        z, b, u, w = v.split([2, 1, 2, 2], 1)
+        step = Planar((b, u, w))
+        y = step(z)
+        return step.log_abs_det_jacobian(z, y) if log_det else y[:, 0]
+
+    return value
+
+
+def of_flow(step: Any, part: int, *sizes: int) -> Callable[[Tensor], Tensor]:
+    """A step of `reference` of rows of z and its parameters."""
+
+    def value(v: Tensor) -> Tensor:
+        z, *params = v.split(sizes, 1)
+        found = step(z, None, lambda h: params)
+        return found[part] if part else found[0][:, 0]
+
+    return value
+
+
+def spline(part: int) -> Callable[[Tensor], Tensor]:
+    return lambda v: flows._spline(v[:, :1], v[:, 1:].unsqueeze(-1), SPLINE_BOUND, SPLINE_LEAST)[part].squeeze(-1)
+
+
+def gate(part: int) -> Callable[[Tensor], Tensor]:
+    def value(v: Tensor) -> Tensor:
+        found = flows._iaf(v[:, :1], v, lambda z, h: v[:, 1:].unsqueeze(-1))
+        return found[part] if part else found[0][:, 0]
+
+    return value
+
+
+def mirror(v: Tensor) -> Tensor:
+    family = HouseholderFlow(None, 2, 1, amortized=True)
+    family.own.data.zero_()
+    return family.transforms(v[:, 2:])[0](v[:, :2])[:, 0]
+
+
+GATES = [(x, m, s) for x in (0.5, 1e4) for m in (0.0, -1e8) for s in (0.0, 20.0, -80.0, 1e4, -18.0)]
+SHIFTS = [(x, m, s) for x in (0.5, 1e4) for m in (0.0, -1e8) for s in (0.0, SMALL, LARGE)]
+SPLINES = [
+    (x, *params)
+    for x in (-3.0, -2.9, -0.5, 0.0, 1e-8, 2.5, 2.9, 3.0, 1e8)
+    for params in (
+        (0.0, 0.0, 0.0, 0.0, 0.0),
+        (1.0, -2.0, 0.5, 3.0, -1.0),
+        (1e4, -1e4, -1e4, 1e4, 0.0),
+        (0.0, 0.0, 0.0, 0.0, 1e4),
+        (0.3, 0.0, 0.0, 1e4, 1e4),
+        (0.0, -1e4, 0.0, 1.0, -1e4),
+    )
+]
+PUSHES = [
+    (0.5, -1.0, 0.1, 1.0, 2.0, 0.5, -0.3),
+    (0.5, -1.0, 0.1, 1.0, 2.0, 1e-15, 2e-15),
+    (0.5, -1.0, 0.1, 1.0, 2.0, 1e-25, 2e-25),
+    (0.5, -1.0, 0.1, 1e4, 0.0, -1.0, 0.0),  # w u = -1e4: as close to no inverse as can be
+    (1e4, -1e4, 0.1, 20.0, 0.0, 1.0, 0.0),
+    (1e-3, 1e-3, 0.0, -100.0, 1.0, 1.0, 1.0),
+    (1e8, 1.0, 0.0, 1e4, 1e4, 1.0, 1.0),
+]
+MIRRORS = [(0.5, -1.0, *v) for v in ((1.0, 2.0), (1e-25, 1e-25), (1e-30, 0.0), (1e25, -1e25), (1e8, 1e-8))]
+
+CASES |= {
+    "gate": Case(
+        lambda x, m, s: sigmoid(s) * x + sigmoid(-s) * m,
+        GATES,
+        {"family": curve(transforms.GATE.forward, 0), "by hand": gate(0)},
+        terms=lambda x, m, s: abs(x) + abs(m),
+    ),
+    "gate, log slope": Case(
+        lambda x, m, s: -softplus(-s), GATES, {"family": curve(transforms.GATE.forward, 1), "by hand": gate(1)}
+    ),
+    "gate, back": Case(
+        lambda y, m, s: y + (y - m) * mp.exp(-s),
+        [(y, m, s) for y, m, s in GATES if s > -20],
+        {"family": curve(transforms.GATE.inverse, 0)},
+    ),
+    "affine": Case(lambda x, m, s: x * mp.exp(s) + m, SHIFTS, {"family": curve(transforms.AFFINE.forward, 0)}),
+    "affine, back": Case(lambda y, m, s: (y - m) * mp.exp(-s), SHIFTS, {"family": curve(transforms.AFFINE.inverse, 0)}),
+    "spline": Case(
+        bent,
+        SPLINES,
+        {"family": curve(transforms.SPLINE.forward, 0), "by hand": spline(0)},
+        terms=lambda *row: 2 * SPLINE_BOUND,
+    ),
+    "spline, log slope": Case(
+        partial(bent, log_slope=True),
+        [row for row in SPLINES if row[0] not in (-3.0, 0.0, 1e-8, 3.0)],  # its slope is another on either side
+        {"family": curve(transforms.SPLINE.forward, 1), "by hand": spline(1)},
+        terms=lambda *row: 2 * SPLINE_BOUND,
+    ),
+    "spline, back": Case(
+        bent_back,
+        SPLINES,
+        {"family": curve(transforms.SPLINE.inverse, 0)},
+        terms=lambda *row: 2 * SPLINE_BOUND,
+    ),
+    "planar": Case(
+        pushed,
+        PUSHES,
+        {"family": planar(False), "by hand": of_flow(flows._planar, 0, 2, 1, 2, 2)},
+        terms=lambda z_1, z_2, b, u_1, u_2, w_1, w_2: abs(u_1) + abs(u_2),
+    ),
+    "planar, log determinant": Case(
+        partial(pushed, log_det=True),
+        PUSHES,
+        {"family": planar(True), "by hand": of_flow(flows._planar, 1, 2, 1, 2, 2)},
+        terms=lambda z_1, z_2, b, u_1, u_2, w_1, w_2: abs(u_1) + abs(u_2),
+    ),
+    "HouseholderFlow": Case(
+        reflected,
+        MIRRORS,
+        {"family": mirror, "by hand": lambda v: flows._reflected(v[:, :2], v, lambda _: v[:, 2:])[:, 0]},
+        terms=lambda z_1, z_2, v_1, v_2: (abs(z_1) + abs(z_2)) / max(abs(v_1), abs(v_2)),
+    ),
+}
+
+
+@both
+@pytest.mark.parametrize(("name", "which"), [(name, which) for name, case in CASES.items() for which in case.functions])
+def test_values_and_gradients_are_exact_to_what_the_inputs_allow(name, which, dtype):
+    assert_true(name, CASES[name].functions[which], dtype)
+
+
+# --- sums of exponentials --------------------------------------------------------------------------
+
+
+@both
+@pytest.mark.parametrize("offset", [0.0, 1e4, -1e4, -1e9])
+def test_parts_of_a_sum_of_exponentials_are_one_together(offset, dtype):
+    """Of equal values, of one that carries all, and of some that are minus infinity."""
+    values = torch.tensor([[0.0] * 4, [0.0, -1e4, -2e4, -3e4], [-math.inf, 0.0, -math.inf, 0.0]], dtype=dtype) + offset
+    values.requires_grad_()
+    total = logsumexp(values, 1)
+    (parts,) = torch.autograd.grad(total.sum(), values)
+    assert_close(total, torch.tensor([math.log(4), 0, math.log(2)], dtype=dtype) + offset)
+    assert_close(parts, torch.tensor([[0.25] * 4, [1, 0, 0, 0], [0, 0.5, 0, 0.5]], dtype=dtype))
+
+
+def test_a_sum_of_nothing_is_minus_infinity():
+    assert logsumexp(torch.full((3, 2), -math.inf), 0).tolist() == [-math.inf] * 2
