@@ -9,6 +9,7 @@ same, by how much they move as the inputs do. Constants of a formula that are ro
 is taken, count among the inputs.
 """
 
+import copy
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -20,9 +21,10 @@ import pytest
 import torch
 from mpmath import mp, mpf
 from torch import Tensor
+from torch.distributions import kl_divergence
 from torch.testing import assert_close
 
-from pyrovae import reference
+from pyrovae import HiddenMarkovModel, LinearGaussian, LinearGaussianStateSpace, log_weights, reference
 from pyrovae.conditionals import (
     Bernoulli,
     Categorical,
@@ -41,6 +43,7 @@ from pyrovae.conditionals import (
 from pyrovae.conditionals.density import logsumexp
 from pyrovae.conditionals.planar import Planar
 from pyrovae.conditionals.transforms import SPLINE_BOUND, SPLINE_LEAST
+from pyrovae.models.hierarchical import _product
 from pyrovae.reference import flows
 
 ULPS = 64
@@ -514,6 +517,82 @@ CASES |= {
 }
 
 
+# --- models in which everything is known, near where they are deterministic ------------------------
+
+
+def linear_gaussian(*numbers):
+    """log p(x) for two values of x and one of z, or one of x and two of z."""
+    *numbers, log_s = numbers
+    variance = mp.exp(2 * log_s)
+    if len(numbers) == 6:
+        x_1, x_2, w_1, w_2, b_1, b_2 = numbers
+        det = variance * (w_1**2 + w_2**2 + variance)
+        a, b = x_1 - b_1, x_2 - b_2
+        square = (a**2 * (w_2**2 + variance) - 2 * a * b * w_1 * w_2 + b**2 * (w_1**2 + variance)) / det
+        return -(square + mp.log(det)) / 2 - mp.log(2 * mp.pi)
+    x, w_1, w_2, b = numbers
+    return normal(x, b, mp.log(w_1**2 + w_2**2 + variance) / 2)
+
+
+def probabilistic_pca(x_dim: int, z_dim: int) -> dict[str, Callable[[Tensor], Tensor]]:
+    def parts(v: Tensor) -> tuple[Tensor, ...]:
+        x, weight, bias, log_sigma = v.split([x_dim, x_dim * z_dim, x_dim, 1])
+        return x, weight.reshape(x_dim, z_dim), bias, log_sigma[0]
+
+    def model(v: Tensor) -> Tensor:
+        program = LinearGaussian(x_dim, z_dim)
+        x, *parameters = parts(v)
+        for name, value in zip(("weight", "bias", "log_sigma"), parameters, strict=True):
+            delattr(program, name)
+            setattr(program, name, value)
+        return program.log_prob(x)
+
+    return {"model": one_by_one(model), "by hand": one_by_one(lambda v: reference.linear_gaussian_log_prob(*parts(v)))}
+
+
+CASES["LinearGaussian, more of x than of z"] = Case(
+    linear_gaussian,
+    [(*row, s) for row in ((1.0, -0.5, 0.7, 0.2, 0.1, 0.0), (1e4, 1.0, 1e4, 1e-4, 0.0, 0.0)) for s in SIGMAS],
+    probabilistic_pca(2, 1),
+    terms=lambda *row: min(1, mp.exp(-row[-1])),
+)
+CASES["LinearGaussian, more of z than of x"] = Case(
+    linear_gaussian,
+    [(*row, s) for row in ((1.0, 0.7, 0.2, 0.1), (1e4, 1e4, 1e-4, 0.0)) for s in SIGMAS],
+    probabilistic_pca(1, 2),
+    terms=lambda *row: min(1, mp.exp(-row[-1])),
+)
+CASES["KL of DiagonalNormal"] = Case(
+    lambda mu, log_s, one: (mu**2 + mp.exp(2 * log_s) - one) / 2 - one * log_s,
+    rows((0.0, 1e-8, 1e4), (*SIGMAS, 1e-4)),
+    {
+        "by hand": reference.kl_diagonal_standard,
+        "family": lambda v: kl_divergence(DiagonalNormal(None).distribution(v), StandardNormal(1).to(v.dtype)()),
+    },
+    constants=(1.0,),
+)
+CASES["KL of FullNormal"] = Case(
+    lambda m, n, s, t, r, one: (m**2 + n**2 + mp.exp(2 * s) + mp.exp(2 * t) + r**2 - 2 * one) / 2 - one * (s + t),
+    [(0.0, 1e4, 0.0, 1e-4, 1e-8), (1.0, 1e-8, SMALL, LARGE, 1e4), (1.0, 2.0, LARGE, SMALL, -0.5)],
+    {"by hand": reference.kl_full_standard},
+    constants=(1.0,),
+)
+PRODUCTS = rows((0.0, 1e4), SIGMAS, (1.0, -1e8), SIGMAS)
+for part in (0, 1):
+    CASES[f"product of normals, {('mean', 'log sigma')[part]}"] = Case(
+        [
+            lambda m, s, n, t: (m * mp.exp(-2 * s) + n * mp.exp(-2 * t)) / (mp.exp(-2 * s) + mp.exp(-2 * t)),
+            lambda m, s, n, t: -mp.log(mp.exp(-2 * s) + mp.exp(-2 * t)) / 2,
+        ][part],
+        PRODUCTS,
+        {
+            "family": lambda v, part=part: _product(v[:, :2], v[:, 2:])[:, part],
+            "by hand": lambda v, part=part: reference.product_of_normals(v[:, :2], v[:, 2:])[:, part],
+        },
+        terms=lambda m, s, n, t: abs(m) + abs(n),
+    )
+
+
 @both
 @pytest.mark.parametrize(("name", "which"), [(name, which) for name, case in CASES.items() for which in case.functions])
 def test_values_and_gradients_are_exact_to_what_the_inputs_allow(name, which, dtype):
@@ -537,3 +616,97 @@ def test_parts_of_a_sum_of_exponentials_are_one_together(offset, dtype):
 
 def test_a_sum_of_nothing_is_minus_infinity():
     assert logsumexp(torch.full((3, 2), -math.inf), 0).tolist() == [-math.inf] * 2
+
+
+def joint_gaussian(x: Tensor, parameters: dict[str, Tensor]) -> tuple[Any, Any, Any]:
+    """log p(x), and mean and covariance of p(z | x), of one sequence `(T, X)`, by the Gaussian of all steps at once."""
+    (steps, x_dim), z_dim = x.shape, len(parameters["transition"])
+    p = {name: mp.matrix(value.reshape(len(value), -1).tolist()) for name, value in parameters.items()}
+    mean, covariance = p["initial_mean"], p["initial_covariance"]
+    means, joint, seen = mp.matrix(steps * z_dim, 1), mp.matrix(steps * z_dim), mp.matrix(steps * x_dim, steps * z_dim)
+    error, noise = mp.matrix(steps * x_dim, 1), mp.matrix(steps * x_dim)
+    for t in range(steps):
+        z, at_x = slice(t * z_dim, (t + 1) * z_dim), slice(t * x_dim, (t + 1) * x_dim)
+        if t:
+            mean, covariance = p["transition"] * mean, p["transition"] * covariance * p["transition"].T
+            covariance += p["transition_covariance"]
+        means[z, 0], joint[z, z], between = mean, covariance, covariance
+        for later in range(t + 1, steps):
+            between = p["transition"] * between
+            after = slice(later * z_dim, (later + 1) * z_dim)
+            joint[after, z], joint[z, after] = between, between.T
+        seen[at_x, z], noise[at_x, at_x] = p["emission"], p["emission_covariance"]
+        error[at_x, 0] = mp.matrix(x[t].unsqueeze(-1).tolist()) - p["emission"] * mean - p["bias"]
+    total = seen * joint * seen.T + noise
+    gain = joint * seen.T * total**-1
+    log_px = -((error.T * total**-1 * error)[0] + mp.log(mp.det(total)) + steps * x_dim * mp.log(2 * mp.pi)) / 2
+    return log_px, means + gain * error, joint - gain * seen * joint
+
+
+@pytest.mark.parametrize(("x_dim", "z_dim"), [(3, 2), (2, 2), (1, 2)])
+@pytest.mark.parametrize("emission_sigma", [1e-8, 1.0, 1e8])
+@pytest.mark.parametrize("transition_sigma", [1e-8, 1.0, 1e8])
+@pytest.mark.usefixtures("float64")
+def test_kalman_filter_and_smoother(x_dim, z_dim, emission_sigma, transition_sigma):
+    """Exact to 1e-12: 1e-13 for each of some ten operations on a sequence of three steps."""
+    program, x = LinearGaussianStateSpace(x_dim, z_dim), torch.randn(1, 3, x_dim)
+    program.emission_log_sigma.data.fill_(math.log(emission_sigma))
+    program.transition_log_sigma.data.fill_(math.log(transition_sigma))
+    with torch.no_grad(), mp.workdps(DIGITS):
+        lengths = torch.tensor([3])
+        log_px, (mean, covariance) = program.log_prob(x, lengths), program.smooth(x, lengths)
+        exact = joint_gaussian(x[0], program._by_hand())
+    assert_close(log_px, torch.tensor([float(exact[0])]), rtol=1e-12, atol=1e-12)
+    assert_close(mean.flatten(), torch.tensor([float(v) for v in exact[1]]), rtol=1e-12, atol=1e-12)
+    variances = torch.tensor([float(exact[2][i, i]) for i in range(3 * z_dim)])
+    assert_close(covariance[0].diagonal(dim1=-2, dim2=-1).flatten(), variances, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("transition_sigma", [1e-8, 1.0, 1e8])
+@pytest.mark.usefixtures("float64")
+def test_exact_posterior_of_a_chain_that_hardly_moves_or_hardly_holds(transition_sigma):
+    """All log-weights are log p(x), whose terms are known to 1e-8 where z_t is known to a step of that size."""
+    program, x = LinearGaussianStateSpace(3, 2), torch.randn(4, 6, 3)
+    program.transition_log_sigma.data.fill_(math.log(transition_sigma))
+    batch = {"x": x, "lengths": torch.tensor([6, 1, 3, 6])}
+    weights = log_weights(program, batch, 5).detach()
+    assert_close(weights, program.log_prob(**batch).detach().expand(5, 4), rtol=1e-6, atol=1e-6)
+
+
+def hidden_markov(stay: float, steps: int, values: int) -> HiddenMarkovModel:
+    program = HiddenMarkovModel.linear(values, 3)
+    program.transition_logits.data.copy_(stay * torch.eye(3))
+    program.likelihood.net.layers[-1].weight.data.normal_(std=3)
+    return program
+
+
+@pytest.mark.parametrize(("steps", "stay"), [(1, 0.0), (1, 1e4), (1000, 5.0), (100, 1e4)])
+def test_a_long_hidden_markov_chain_in_float32(steps, stay):
+    """100 values a step: log p(x) is some 1e5 nats, the marginals of its states are as sharp as in float64."""
+    program = hidden_markov(stay, steps, 100)
+    x, lengths = (torch.rand(2, steps, 100) > 0.5).float(), torch.tensor([steps, steps])
+    log_px, marginals = program.log_prob(x, lengths).detach(), program.smooth(x, lengths).detach()
+    weights = log_weights(program, {"x": x, "lengths": lengths}, 3)
+    wide, batch = copy.deepcopy(program).double(), {"x": x.double(), "lengths": lengths}
+    assert_close(log_px.double(), wide.log_prob(**batch).detach(), rtol=1e-6, atol=1e-6)
+    assert_close(marginals.double(), wide.smooth(**batch).detach(), rtol=0, atol=1e-3)
+    assert_close(weights, log_px.expand(3, 2), rtol=1e-6, atol=1e-6)
+    weights.sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in program.parameters())
+
+
+@pytest.mark.usefixtures("float64")
+def test_forward_and_backward_algorithm_of_impossible_moves():
+    """Two states that never change, of which one cannot show what is seen."""
+    log_initial = torch.tensor([0.5, 0.5]).log()
+    log_transition, log_likelihood = torch.eye(2).log(), torch.tensor([[[-1e4, -math.inf], [-2e4, -3.0]]])
+    lengths = torch.tensor([2])
+    log_px, forward = reference.forward_algorithm(log_initial, log_transition, log_likelihood, lengths)
+    backward = reference.backward_algorithm(log_transition, log_likelihood, lengths)
+    assert_close(log_px, torch.tensor([-3e4 + math.log(0.5)]))
+    assert (forward + backward).softmax(-1).tolist() == [[[1.0, 0.0], [1.0, 0.0]]]
+    z = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])
+    joint = reference.hidden_markov_log_joint(z, log_initial, log_transition, log_likelihood, lengths)
+    assert_close(joint, log_px)
+    joint = reference.hidden_markov_log_joint(z.flip(-1), log_initial, log_transition, log_likelihood, lengths)
+    assert joint.tolist() == [-math.inf]

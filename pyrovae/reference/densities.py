@@ -46,7 +46,8 @@ def log_full_normal(x: Tensor, eta: Tensor) -> Tensor:
 
 def log_one_hot(y: Tensor, logits: Tensor) -> Tensor:
     """log p(y | eta) = sum_c y_c (l_c - log sum_d exp l_d) for one-hot y `(*, C)`, `(*)`."""
-    return (y * (logits - torch.logsumexp(logits, -1, keepdim=True))).sum(-1)
+    log_p = logits - torch.logsumexp(logits, -1, keepdim=True)
+    return (y * torch.where(y == 0, torch.zeros_like(log_p), log_p)).sum(-1)
 
 
 def log_floor_normal(x: Tensor, eta: Tensor, floor: float) -> Tensor:

@@ -142,8 +142,8 @@ def _root(covariance: Tensor) -> Tensor:
 def _joint(noise: Tensor, root: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of z ~ N(0, U^T U) and x = A z + e, e ~ N(0, V^T V), what the root of their covariance is made of.
 
-    By a QR decomposition (Kaminski, Bryson and Schmidt 1971): S with S^T S = A P A^T + R, G with S^T G = A P, and W with
-    W^T W = P - G^T G, the covariance of z given x.
+    By a QR decomposition (Kaminski, Bryson and Schmidt 1971): S with S^T S = A P A^T + R, G with S^T G = A P, and W
+    with W^T W = P - G^T G, the covariance of z given x.
 
     Args:
         noise: V `(*, X, X)`.
@@ -229,10 +229,16 @@ def hidden_markov_log_joint(
         z: the states.
         log_initial, log_transition, log_likelihood, lengths: as for `forward_algorithm`.
     """
-    log_joint = (z[..., 0, :] * log_initial).sum(-1)
+    log_joint = _at(z[..., 0, :], log_initial)
     for t in range(z.shape[-2]):
-        step = (z[..., t, :] * log_likelihood[:, t]).sum(-1)
+        step = _at(z[..., t, :], log_likelihood[:, t])
         if t > 0:
-            step = step + ((z[..., t - 1, :] @ log_transition) * z[..., t, :]).sum(-1)
+            moves = z[..., t - 1, :, None] * z[..., t, None, :]
+            step = step + _at(moves.flatten(-2), log_transition.flatten())
         log_joint = log_joint + torch.where(t < lengths, step, 0)
     return log_joint
+
+
+def _at(z: Tensor, log_p: Tensor) -> Tensor:
+    """sum_s z_s log p_s, where z_s is 0 without it, be it minus infinity."""
+    return (z * torch.where(z == 0, torch.zeros_like(log_p), log_p)).sum(-1)
