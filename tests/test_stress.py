@@ -17,14 +17,30 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
+import zoo
 from mpmath import mp, mpf
+from pyro.infer import Trace_ELBO
 from torch import Tensor
 from torch.distributions import kl_divergence
 from torch.testing import assert_close
 
-from pyrovae import HiddenMarkovModel, LinearGaussian, LinearGaussianStateSpace, log_weights, reference
+from pyrovae import (
+    IWAE_ELBO,
+    GaussianMixture,
+    HiddenMarkovModel,
+    LatentModel,
+    LinearGaussian,
+    LinearGaussianStateSpace,
+    SemiSupervisedVAE,
+    data_plate,
+    evaluate,
+    log_weights,
+    reference,
+)
 from pyrovae.conditionals import (
     Bernoulli,
     Categorical,
@@ -41,10 +57,14 @@ from pyrovae.conditionals import (
     transforms,
 )
 from pyrovae.conditionals.density import logsumexp
+from pyrovae.conditionals.flows import Flow
 from pyrovae.conditionals.planar import Planar
 from pyrovae.conditionals.transforms import SPLINE_BOUND, SPLINE_LEAST
 from pyrovae.models.hierarchical import _product
 from pyrovae.reference import flows
+from pyrovae.supervision import EnumeratedELBO
+from pyrovae.survey import Survey, draw
+from pyrovae.weights import WeightSums
 
 ULPS = 64
 DIGITS = 120
@@ -710,3 +730,269 @@ def test_forward_and_backward_algorithm_of_impossible_moves():
     assert_close(joint, log_px)
     joint = reference.hidden_markov_log_joint(z.flip(-1), log_initial, log_transition, log_likelihood, lengths)
     assert joint.tolist() == [-math.inf]
+
+
+# --- bounds ----------------------------------------------------------------------------------------
+
+
+class Window(LatentModel):
+    """z ~ N(0, 1), x uniform within 1 of z: draws that are too far have weight 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.mu = torch.nn.Parameter(torch.tensor([0.2]))
+
+    def model(self, x=None):
+        with data_plate(x):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            return pyro.sample("x", dist.Uniform(z - 1, z + 1, validate_args=False).to_event(1), obs=x)
+
+    def guide(self, x):
+        with data_plate(x):
+            pyro.sample("z", dist.Normal(self.mu.expand(len(x), 1), 1.0).to_event(1))
+
+
+@pytest.mark.parametrize("gradient", ["plain", "dreg"])
+def test_draws_of_weight_zero_leave_the_bound_and_its_gradient_finite(gradient):
+    """log p_K(x) = log(S / K), and its slopes, of the draws that are near enough."""
+    program, x = Window(), torch.tensor([[0.0], [0.5], [-1.0]])
+    elbo = IWAE_ELBO(50, gradient, max_plate_nesting=1)
+    with pyro.validation_enabled(False):
+        torch.manual_seed(0)
+        loss = elbo.differentiable_loss(program.model, program.guide, x)
+        torch.manual_seed(0)
+        z = 0.2 + torch.randn(50, 3, 1)
+        (found,) = torch.autograd.grad(loss, program.mu)
+    log_w = torch.distributions.Uniform(z - 1, z + 1, validate_args=False).log_prob(x).squeeze(-1)
+    assert log_w.isinf().any()
+    log_w = log_w - (z.squeeze(-1) ** 2) / 2 + (z.squeeze(-1) - 0.2) ** 2 / 2
+    assert_close(-loss, (log_w.logsumexp(0) - math.log(50)).sum())
+    share = log_w.softmax(0) if gradient == "plain" else log_w.softmax(0) ** 2
+    # d log w / d mu: of the draw, -z; for DReG of its path alone, -z + (z - mu)
+    slope = -z.squeeze(-1) if gradient == "plain" else torch.full_like(log_w, -0.2)
+    assert_close(-found, (share * slope).sum().unsqueeze(0))
+
+
+@pytest.mark.usefixtures("float64")
+def test_bounds_by_hand_with_weights_far_apart_and_zero():
+    log_w = torch.tensor([[0.0, -1e4, -math.inf], [-1e4, 1e4, 5.0], [-2e4, -math.inf, -math.inf]])
+    log_w.requires_grad_()
+    bound = reference.importance_bound(log_w)
+    assert_close(bound, torch.tensor([0.0, 1e4, 5.0]) - math.log(3), rtol=1e-15, atol=0)
+    (share,) = torch.autograd.grad(bound.sum(), log_w)
+    assert_close(share, torch.tensor([[1.0, 0, 0], [0, 1, 1], [0, 0, 0]]), rtol=1e-15, atol=1e-15)
+    assert reference.importance_bound(torch.full((4, 1), -math.inf)).item() == -math.inf
+
+
+@pytest.mark.parametrize("logits", [[0.0, -math.inf], [-1e4, 1e4], [1e4, 0.0]])
+@both
+def test_a_class_of_probability_zero_counts_for_nothing(logits, dtype):
+    """Whatever log p(x, y) says of it, minus infinity included; its gradients are 0."""
+    logits = torch.tensor([logits], dtype=dtype, requires_grad=True)
+    sure = int(logits.argmax())
+    for impossible in (-math.inf, -3.0, 1e30):
+        elbos = torch.full((2, 1), impossible, dtype=dtype)
+        elbos[sure] = -7.0
+        elbos.requires_grad_()
+        bound = reference.unlabeled_elbo(elbos, logits)
+        assert bound.tolist() == [-7.0]
+        slopes = torch.autograd.grad(bound.sum(), [elbos, logits])
+        assert slopes[0].flatten().tolist() == [float(sure == 0), float(sure == 1)]
+        assert slopes[1].tolist() == [[0.0, 0.0]]
+    y = torch.nn.functional.one_hot(torch.tensor([sure]), 2).to(dtype)
+    assert reference.log_one_hot(y, logits).tolist() == [0.0]
+    assert OneHotCategorical(None).distribution(logits).log_prob(y).tolist() == [0.0]
+
+
+@pytest.mark.parametrize("sure", [0, 2])
+def test_a_sum_over_classes_of_which_one_is_certain(sure):
+    """q(y | x) exactly 0 and 1: U is L of that class, in Pyro's sum, in ours, and in log-weights."""
+    program, x = SemiSupervisedVAE.mlp(6, 3, 2, (5,)), (torch.randn(4, 6) > 0).float()
+    last = program.classifier.net.layers[-1]
+    last.weight.data.zero_()
+    last.bias.data.copy_(torch.full((3,), -1e4).index_fill(0, torch.tensor(sure), 0.0))
+    survey = Survey.of(program, {"x": x})
+    elbo = EnumeratedELBO(Trace_ELBO(), survey.label, survey.nesting)
+    torch.manual_seed(1)
+    loss = elbo.differentiable_loss(program.model, program.guide, x=x)
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in program.parameters())
+    with torch.no_grad():
+        drawn = draw(program, {"x": x}, 3, survey)
+    by_class = drawn._split(drawn.drawn.log_px_z) - drawn._split(drawn.drawn.kl)
+    assert_close(drawn.log_px_z - drawn.kl, by_class[:, sure])
+    log_weights(program, x, 3).sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in program.parameters())
+
+
+# --- importance weights ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_particles", [1, 2, 26, 1000])
+@pytest.mark.parametrize("span", [0.0, 1.0, 50.0, 1e4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
+def test_sums_of_weights_that_are_nats_apart(num_particles, span, dtype):
+    """Against mpmath: log mean, ESS and standard error to 1e-12; 1 <= ESS <= K."""
+    log_w = (torch.linspace(-0.5, 0.5, num_particles, dtype=torch.float64) * span - 1e4).to(dtype).unsqueeze(1)
+    log_w = log_w[torch.randperm(num_particles)]
+    sums = WeightSums(num_particles)
+    for part in log_w.split(7):
+        sums.add(part)
+    with mp.workdps(DIGITS):
+        w = [mp.exp(value) for value in log_w.flatten().tolist()]
+        total, squares = mp.fsum(w), mp.fsum(v**2 for v in w)
+        exact = [float(mp.log(total / num_particles)), float(total**2 / squares)]
+        exact.append(float(mp.sqrt(abs(squares / total**2 - mpf(1) / num_particles))))
+    assert sums.log_mean().item() == pytest.approx(exact[0], rel=1e-14)
+    assert sums.ess().item() == pytest.approx(exact[1], rel=1e-12)
+    assert 1 <= sums.ess().item() <= num_particles
+    if num_particles == 1:
+        assert sums.standard_error().isnan().all()
+    else:
+        assert sums.standard_error().item() == pytest.approx(exact[2], rel=1e-12, abs=1e-7)
+    k_hat = sums.k_hat().item()
+    assert math.isnan(k_hat) == (num_particles < 21)
+    if num_particles >= 21:
+        assert k_hat == 0 if span == 0 else k_hat > 0.7 if span == 1e4 else math.isfinite(k_hat)
+
+
+def test_one_datum_and_one_particle():
+    """Of one datum no error of the mean is known, of one particle none of log p(x); all else is a number."""
+    program = LinearGaussian(4, 2)
+    found = evaluate(program, torch.zeros(1, 4), 1, progress=False)
+    assert found.ess.tolist() == [1.0]
+    assert found.standard_error.isnan().all()
+    assert found.k_hat.isnan().all()
+    assert_close(found.log_px, program.log_prob(torch.zeros(1, 4)).double().detach())
+    summary = found.summary()
+    unknown = {name for name, value in summary.items() if isinstance(value, float) and math.isnan(value)}
+    errors = {"log_px_error", "elbo_error", "bits_per_dim_error", "log_px_sampling_error", "k_hat_above_0.7"}
+    assert unknown == errors
+    assert str(found)
+
+
+@pytest.mark.parametrize("seed", [4])
+def test_a_million_particles(seed):
+    """Within 5 standard errors of the closed form."""
+    program = LinearGaussian(3, 1, DiagonalNormal.mlp(3, 1, hidden=()))
+    x = torch.randn(2, 3)
+    found = evaluate(program, x, 1_000_000, seed=seed, progress=False)
+    gap = (found.log_px - program.log_prob(x).detach().double()).abs()
+    assert (gap < 5 * found.standard_error).all(), f"seed {seed}: {gap} and {found.standard_error}"
+    assert ((found.ess > 1) & (found.ess <= 1_000_000)).all()
+    assert found.k_hat.isfinite().all()
+
+
+@pytest.mark.parametrize("seed", [4])
+def test_sums_of_a_million_weights_hold_a_few_thousand_numbers(seed):
+    """log w ~ N(0, 1/4): log mean 1/8 and ESS / K exp(-1/4), whose error by the delta method is some 2 / sqrt(K)."""
+    sums, generator = WeightSums(1_000_000), torch.Generator().manual_seed(seed)
+    for _ in range(10):
+        sums.add(0.5 * torch.randn(100_000, 1, generator=generator, dtype=torch.float64))
+        assert sums.largest.numel() <= 3001
+    assert abs(sums.log_mean() - 1 / 8) < 5 * sums.standard_error(), f"seed {seed}"
+    assert abs(sums.ess() / 1e6 - math.exp(-1 / 4)) < 5 * 2e-3, f"seed {seed}"
+
+
+# --- mixtures --------------------------------------------------------------------------------------
+
+
+CLOUDS = {
+    "duplicates": torch.tensor([[1.0, 2.0]] * 6 + [[-3.0, 0.5]] * 6),
+    "a cluster of one point": torch.tensor([[1e4, -1e4], *[[0.1 * i, (0.3 * i) % 1] for i in range(12)]]),
+    "a constant feature": torch.stack([torch.linspace(-3, 3, 12) ** 3, torch.ones(12)], 1),
+    "as many data as clusters": torch.tensor([[0.0, 0.0], [5.0, -5.0], [9.0, 9.0]]),
+    "all zero": torch.zeros(9, 2),
+    "tiny": 1e-8 * torch.linspace(-1, 1, 18).reshape(9, 2),
+    "a large offset": 1e4 + torch.linspace(-1, 1, 18).reshape(9, 2).sin(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Number of distinct clusters")  # scikit-learn's, of duplicates
+@pytest.mark.parametrize("covariance", ["diagonal", "full"])
+@pytest.mark.parametrize("cloud", CLOUDS)
+def test_em_of_degenerate_data(cloud, covariance):
+    """log p(x) rises to a number, the clusters' probabilities are such, and float32 keeps what float64 has found."""
+    x = CLOUDS[cloud]
+    program = GaussianMixture(2, 3, covariance).start_from(x, seed=0)
+    history = program.em(x, iterations=30, progress=False)
+    assert all(math.isfinite(value) for value in history)
+    assert all(b > a - 1e-3 for a, b in itertools.pairwise(history)), history
+    log_px, q = program.log_prob(x), program.predict(x)
+    assert_close(q.sum(1), torch.ones(len(x)))
+    wide = copy.deepcopy(program).double()
+    exact = wide.log_prob(x.double()).detach()
+    # standard deviations of 1e-3, the floor's, and means that float32 has to a few units in the last place
+    ill = x.abs().max().double() * torch.finfo(torch.float32).eps / 1e-3
+    assert_close(log_px.detach().double(), exact, rtol=1e-5, atol=float(1e-4 + 100 * ill + 10 * ill**2))
+    eta = wide.likelihood.eta(torch.eye(3, dtype=torch.float64)).detach()
+    full = reference.full_parameters(eta) if covariance == "full" else None
+    scale = torch.diag_embed(eta[:, 2:].exp()) if full is None else full[2]
+    by_hand = reference.gaussian_mixture_log_prob(
+        x.double(), wide.label_prior.eta().detach(), eta[:, :2], scale @ scale.mT
+    )
+    assert_close(exact, by_hand, rtol=1e-6, atol=1e-6)
+    program.log_prob(x).sum().backward()
+    assert all(p.grad.isfinite().all() for p in program.parameters())
+
+
+# --- all of the zoo --------------------------------------------------------------------------------
+
+
+ROOTS = ("StandardNormal", "MixtureOfNormals", "VampPrior", "AutoregressivePrior", "EnergyPrior")
+
+
+def stressed(make: Callable[[], Any], size: float) -> Any:
+    """With parameters so many times as large; those that begin at zero scattered, too."""
+    torch.manual_seed(3)
+    part = make().eval()
+    for parameter in part.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter)).mul_(size)
+    return part
+
+
+def slopes_of(part: torch.nn.Module, value: Tensor) -> list[Tensor]:
+    parameters = [p for p in part.parameters() if p.requires_grad]
+    found = torch.autograd.grad(value, parameters, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+
+
+@pytest.mark.parametrize("size", [1.0, 20.0])
+@pytest.mark.parametrize("name", zoo.CONDITIONALS)
+def test_conditionals_in_float32_and_far_from_zero(name, size):
+    """At a draw of their own, which float64 has made: within what float32 leaves of the parameters, and of eta.
+
+    Value and gradient are compared with those in float64, and their difference with what becomes of these where all
+    parameters are changed in their last bits. To the gradients of a saturated softmax some units of its size, 1, are granted.
+    """
+    narrow = stressed(zoo.CONDITIONALS[name], size)
+    wide, unit = copy.deepcopy(narrow).double(), torch.finfo(torch.float32).eps
+    no_parents = name in ROOTS or "root" in name or "uniform" in name
+    parents = [] if no_parents else [torch.randn(1, 4)]
+    with torch.no_grad():
+        value, eta = wide(*(p.double() for p in parents)).sample().float(), wide.eta(*(p.double() for p in parents))
+
+    def log_p(part: torch.nn.Module, dtype: torch.dtype, changed: float = 0.0) -> Tensor:
+        return part(*(p.to(dtype) for p in parents)).log_prob(value.to(dtype) * (1 + changed)).sum()
+
+    ours, exact = log_p(narrow, torch.float32), log_p(wide, torch.float64)
+    if not exact.requires_grad:
+        assert_close(ours.double(), exact)
+        return
+    our_slopes, exact_slopes = slopes_of(narrow, ours), slopes_of(wide, exact)
+    moves, moved_slopes = torch.zeros(()), [torch.zeros_like(g) for g in exact_slopes]
+    for _ in range(3):
+        changed = copy.deepcopy(wide)
+        for p in changed.parameters():
+            p.data.mul_(1 + unit * torch.empty_like(p).uniform_(-1, 1))
+        # so is each z_t between the steps of a flow
+        other = log_p(changed, torch.float64, unit if isinstance(narrow, Flow) else 0.0)
+        moves = torch.maximum(moves, (other - exact).abs().detach())
+        pairs = zip(moved_slopes, slopes_of(changed, other), exact_slopes, strict=True)
+        moved_slopes = [torch.maximum(m, (a - b).abs()) for m, a, b in pairs]
+    largest = max([1.0, *eta.abs().flatten().tolist()])
+    assert (ours - exact).abs() <= ULPS * (moves + unit * (exact.abs() + largest))
+    steepest = max(g.abs().max() for g in exact_slopes)
+    for a, b, moved in zip(our_slopes, exact_slopes, moved_slopes, strict=True):
+        assert ((a - b).abs() <= ULPS * (moved.max() + unit * (steepest + size))).all()
