@@ -19,6 +19,7 @@ from typing import Any
 
 import pyro
 import pyro.distributions as dist
+import pyro.poutine as poutine
 import pytest
 import torch
 import zoo
@@ -41,12 +42,14 @@ from pyrovae import (
     log_weights,
     reference,
 )
+from pyrovae.attention import filters
 from pyrovae.conditionals import (
     Bernoulli,
     Categorical,
     ContinuousBernoulli,
     DiagonalNormal,
     DiscretizedLogisticMixture,
+    EnergyPrior,
     FloorNormal,
     FullNormal,
     HouseholderFlow,
@@ -62,8 +65,10 @@ from pyrovae.conditionals.planar import Planar
 from pyrovae.conditionals.transforms import SPLINE_BOUND, SPLINE_LEAST
 from pyrovae.models.hierarchical import _product
 from pyrovae.reference import flows
+from pyrovae.reference.draw import _filters as reference_filters
 from pyrovae.supervision import EnumeratedELBO
 from pyrovae.survey import Survey, draw
+from pyrovae.traces import sample_sites
 from pyrovae.weights import WeightSums
 
 ULPS = 64
@@ -619,6 +624,80 @@ def test_values_and_gradients_are_exact_to_what_the_inputs_allow(name, which, dt
     assert_true(name, CASES[name].functions[which], dtype)
 
 
+@both
+@pytest.mark.parametrize("row", PUSHES)
+def test_planar_steps_come_back(row, dtype):
+    """f(f^-1(y)) = y, also where the step is all but flat, and there are gradients."""
+    z, *params = torch.tensor([row], dtype=dtype).split([2, 1, 2, 2], 1)
+    for value in params:
+        value.requires_grad_()
+    step, by_hand = Planar(params), lambda h: params
+    with torch.no_grad():
+        y = step(z)
+    x = Planar(params).inv(y)
+    room = 100 * torch.finfo(dtype).eps * (y.abs().max() + step.u.abs().max()).item()
+    assert_close(Planar(params)(x), y, rtol=0, atol=room)
+    assert_close(flows._planar(flows._planar_back(y, y, by_hand), y, by_hand)[0], y, rtol=0, atol=room)
+    if row[5] > -1e-20 and abs(row[5]) > 1e-20:
+        assert all(g.isfinite().all() for g in torch.autograd.grad(x.sum(), params, allow_unused=True))
+
+
+@both
+@pytest.mark.parametrize("edge", [-3.0, 3.0, -1e8, 1e8])
+@pytest.mark.parametrize("params", [(0.0,) * 5, (1e4, -1e4, -1e4, 1e4, 1e4), (0.0, 1e4, 0.0, 1.0, -1e4)])
+def test_splines_are_the_identity_at_and_beyond_the_edges_of_their_box(params, edge, dtype):
+    x = torch.tensor([[edge]], dtype=dtype, requires_grad=True)
+    theta = torch.tensor([params], dtype=dtype).unsqueeze(-1).requires_grad_()
+    for function in (transforms.SPLINE.forward, transforms.SPLINE.inverse):
+        y, log_slope = function(x, theta)
+        assert y.item() == edge
+        assert log_slope.item() == 0
+        slopes = torch.autograd.grad(y.sum() + log_slope.sum(), [x, theta])
+        assert slopes[0].item() == 1
+        assert (slopes[1] == 0).all()
+
+
+@pytest.mark.parametrize("number", range(8))
+@pytest.mark.usefixtures("float64")
+def test_splines_by_hand_have_no_gaps_between_their_pieces(number):
+    """At the inner knots of the library's spline, and a unit of rounding to either side, both are one curve."""
+    theta = 2 * torch.randn(1, 23, 1, generator=torch.Generator().manual_seed(number))
+    knots_x = transforms._knots(theta[:, :8].squeeze(-1))
+    ends = torch.tensor([-math.inf, math.inf]).unsqueeze(-1)
+    x = torch.cat([knots_x, torch.nextafter(knots_x, ends)])[:, 1:-1].reshape(-1, 1)
+    ours = transforms.SPLINE.forward(x, theta.expand(len(x), -1, -1))
+    hand = flows._spline(x, theta.expand(len(x), -1, -1), SPLINE_BOUND, SPLINE_LEAST)
+    for a, b in zip(ours, hand, strict=True):
+        assert_close(a, b, rtol=0, atol=1e-8)
+
+
+@both
+def test_filters_of_a_grid_that_is_far_off_or_thin(dtype):
+    """g~_X, g~_Y, log sigma^2, log delta~, log gamma: each row of a filter sums to 1, the nearest pixel if need be."""
+    numbers = [(0, 0, 0, 0, 0), (1e4, -1e4, -37, 0, 0), (0.3, 0.1, -37, 3, 0), (0, 0, 37, -18, 0), (-1e8, 0, 0, 0, 0)]
+    numbers = torch.tensor(numbers, dtype=dtype, requires_grad=True)
+    banks = [filters(numbers, 4, 5, 3)[:2], reference_filters(numbers, (1, 4, 5), 3)[::-1]]
+    for ours, hand in zip(*banks, strict=True):
+        assert_close(ours.sum(-1), torch.ones_like(ours[..., 0]))
+        assert_close(ours, hand, rtol=1e-3 if dtype == torch.float32 else 1e-12, atol=1e-6)
+        for bank in (ours, hand):
+            (slopes,) = torch.autograd.grad(bank.square().sum(), numbers, retain_graph=True)
+            assert slopes.isfinite().all()
+
+
+@both
+@pytest.mark.parametrize("level", [0.0, 1e4, -1e4])
+def test_an_energy_that_is_constant_has_a_normalizer_without_error(level, dtype):
+    prior = EnergyPrior(torch.nn.Linear(2, 1, dtype=dtype), 2).to(dtype)
+    prior.net.weight.data.zero_()
+    prior.net.bias.data.fill_(level)
+    log_z, error = prior.log_normalizer()
+    assert log_z.item() == pytest.approx(-level, abs=2e-3 if dtype == torch.float32 else 1e-11)
+    assert error.item() < (1e-4 if dtype == torch.float32 else 1e-12)
+    z = torch.zeros(1, 2, dtype=dtype)
+    assert_close(prior.eval()().log_prob(z), StandardNormal(2).to(dtype)().log_prob(z), rtol=1e-6, atol=4e-3)
+
+
 # --- sums of exponentials --------------------------------------------------------------------------
 
 
@@ -964,7 +1043,7 @@ def test_conditionals_in_float32_and_far_from_zero(name, size):
     """At a draw of their own, which float64 has made: within what float32 leaves of the parameters, and of eta.
 
     Value and gradient are compared with those in float64, and their difference with what becomes of these where all
-    parameters are changed in their last bits. To the gradients of a saturated softmax some units of its size, 1, are granted.
+    parameters are changed in their last bits. To slopes of a saturated softmax some units of its size, 1, are granted.
     """
     narrow = stressed(zoo.CONDITIONALS[name], size)
     wide, unit = copy.deepcopy(narrow).double(), torch.finfo(torch.float32).eps
@@ -996,3 +1075,47 @@ def test_conditionals_in_float32_and_far_from_zero(name, size):
     steepest = max(g.abs().max() for g in exact_slopes)
     for a, b, moved in zip(our_slopes, exact_slopes, moved_slopes, strict=True):
         assert ((a - b).abs() <= ULPS * (moved.max() + unit * (steepest + size))).all()
+
+
+EVERYONE = zoo.PROGRAMS | zoo.LABELED
+
+
+def log_weight(program: LatentModel, batch: dict[str, Tensor], latents: dict[str, Tensor]) -> Tensor:
+    """sum log p(x, z) - log q(z | x) at given latents, in the program's own dtype."""
+    dtype = next(program.parameters()).dtype
+    batch, latents = ({k: v.to(dtype) if v.is_floating_point() else v for k, v in d.items()} for d in (batch, latents))
+    with pyro.validation_enabled(False):
+        guide = poutine.trace(poutine.condition(program.guide, latents)).get_trace(**batch)
+        model = poutine.trace(poutine.condition(program.model, latents)).get_trace(**batch)
+        return model.log_prob_sum() - guide.log_prob_sum()
+
+
+def shaken(value: Tensor) -> Tensor:
+    """Changed in its last bits of float32; zeros and ones, as classes are, stay."""
+    change = torch.finfo(torch.float32).eps * torch.empty_like(value).uniform_(-1, 1)
+    return torch.where((value == 0) | (value == 1), value, value * (1 + change))
+
+
+@pytest.mark.parametrize("size", [1.0, 2.0])
+@pytest.mark.parametrize("pixel", [0.0, 1.0])
+@pytest.mark.parametrize("name", EVERYONE)
+def test_programs_in_float32_on_data_that_are_all_zero_or_one(name, pixel, size):
+    """At draws of their own: log-weights are as near to those in float64 as parameters and draws allow."""
+    entry = EVERYONE[name]
+    program = stressed(entry.make, size)
+    batch = entry.batch(3)
+    batch["x"] = torch.full_like(batch["x"], pixel)
+    with pyro.validation_enabled(False):
+        trace = poutine.trace(program.guide).get_trace(**batch)
+    latents = {site: node["value"].detach() for site, node in sample_sites(trace).items()}
+    wide = copy.deepcopy(program).double()
+    ours, exact = log_weight(program, batch, latents), log_weight(wide, batch, latents)
+    assert all(g.isfinite().all() for g in slopes_of(program, ours))
+    move = 0.0
+    for _ in range(3):
+        changed = copy.deepcopy(wide)
+        for p in changed.parameters():
+            p.data.copy_(shaken(p.data))
+        near = {site: shaken(value.double()) for site, value in latents.items()}
+        move = max(move, (log_weight(changed, batch, near) - exact).abs().item())
+    assert (ours - exact).abs().item() <= ULPS * (move + torch.finfo(torch.float32).eps * exact.abs().item())
