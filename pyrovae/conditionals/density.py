@@ -4,14 +4,15 @@ import math
 from abc import abstractmethod
 from typing import Any, ClassVar, Self
 
+import pyro.distributions as dist
 import torch
-from pyro.distributions import MixtureSameFamily, Normal, TorchDistribution, constraints
+from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 
 LOG_2_PI = math.log(2 * math.pi)
 
 
-class LogScaleNormal(Normal):
+class LogScaleNormal(dist.Normal):
     """N(mu, sigma^2), given log sigma: -(eps^2 + log 2 pi) / 2 - log sigma,  eps = (a - mu) exp(-log sigma).
 
     Its gradients are those of eps. Torch's Normal goes by sigma^2, and by way of sigma^4 in its gradient, which leaves
@@ -28,7 +29,7 @@ class LogScaleNormal(Normal):
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "LogScaleNormal":
         """The same with another batch shape."""
-        new = self._get_checked_instance(LogScaleNormal, _instance)
+        new: Any = self._get_checked_instance(LogScaleNormal, _instance)
         new.log_scale = self.log_scale.expand(batch_shape)
         return super().expand(batch_shape, _instance=new)
 
@@ -40,7 +41,7 @@ class LogScaleNormal(Normal):
         return -(eps**2 + LOG_2_PI) / 2 - self.log_scale
 
 
-class Mixture(MixtureSameFamily):
+class Mixture(dist.MixtureSameFamily):
     """Pyro's mixture, whose components share the gradient of a value's density in parts that sum to 1."""
 
     def log_prob(self, value: Tensor) -> Tensor:
