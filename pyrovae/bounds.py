@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributions import Independent
 from torch.distributions.utils import _sum_rightmost
 
+from pyrovae.conditionals.density import logsumexp
 from pyrovae.noise import forked
 from pyrovae.traces import check_latents, check_whole, sample_sites
 
@@ -152,11 +153,16 @@ def _without_score(
         log_p = fixed.log_p()
         leaves = [site["value"] for site in fixed.guide.values()]
         slopes = torch.autograd.grad((log_p - fixed.log_q()).sum(), leaves, retain_graph=True)
-        total = total + (a * (log_p - log_p.detach())).sum(0)
+        total = total + _weighted(a, log_p - log_p.detach())
         for site, slope in zip(drawn.guide.values(), slopes, strict=True):
             moved = _sum_rightmost(slope * (site["value"] - site["value"].detach()), site["fn"].event_dim)
-            total = total + (b * drawn.over_plates(moved, {**site, "mask": None})).sum(0)
+            total = total + _weighted(b, drawn.over_plates(moved, {**site, "mask": None}))
     return total
+
+
+def _weighted(weights: Tensor, terms: Tensor) -> Tensor:
+    """sum_k a_k t_k `(*)`, also where a draw of weight 0 has log p = -inf, and so terms that are no numbers."""
+    return (weights * torch.where(weights == 0, torch.zeros_like(terms), terms)).sum(0)
 
 
 def _log_w(traces: list[_Traces]) -> Tensor:
@@ -207,7 +213,7 @@ class IWAE_ELBO(TracedELBO):
 
     def _minus_loss(self, traces: list[_Traces], again: Callable[[_Traces], _Traces]) -> Tensor:
         log_w = _log_w(traces)
-        bound = torch.logsumexp(log_w, 0) - math.log(len(log_w))
+        bound = logsumexp(log_w, 0) - math.log(len(log_w))
         if self.gradient == "dreg":
             weights = torch.softmax(log_w.detach(), 0)
             bound = bound.detach() + _without_score(traces, again, weights, weights**2)

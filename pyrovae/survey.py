@@ -172,7 +172,7 @@ class Enumerated:
     def _expected(self, values: Tensor) -> Tensor:
         """E_q(y | x) of values for each class, also where a class is impossible."""
         q = self.log_q.exp()
-        return torch.where(q > 0, q * self._split(values), torch.zeros_like(q)).sum(1)
+        return (q * torch.where(q > 0, self._split(values), torch.zeros_like(q))).sum(1)
 
     @property
     def log_weights(self) -> Tensor:

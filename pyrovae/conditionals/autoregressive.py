@@ -10,7 +10,7 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 
 from pyrovae.conditionals.conditional import Conditional, Distribution, network_autocast
-from pyrovae.conditionals.density import Density
+from pyrovae.conditionals.density import Density, LogScaleNormal
 from pyrovae.conditionals.priors import check_root, no_mean, no_mlp
 from pyrovae.nets import Activation, MaskedMLP, _activation, _check_sizes, _glorot
 
@@ -219,7 +219,7 @@ class _AutoregressiveNormal(Density):
     def log_density(self, value: Tensor) -> Tensor:
         value = value.expand(torch.broadcast_shapes(value.shape, self.batch_shape + self.event_shape))
         mu, log_sigma = self.prior.given(value).chunk(2, -1)
-        return dist.Normal(mu, log_sigma.exp()).log_prob(value).sum(-1)
+        return LogScaleNormal(mu, log_sigma).log_prob(value).sum(-1)
 
     def draw(self, shape: torch.Size) -> Tensor:
         z = next(self.prior.parameters()).new_zeros(self._extended_shape(shape))

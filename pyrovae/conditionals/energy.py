@@ -116,9 +116,8 @@ class EnergyPrior(Conditional):
             _check_sizes(num_samples=num_samples)
             noise = torch.randn(num_samples, self.dim, generator=generator, dtype=noise.dtype, device=noise.device)
         log_w = torch.cat([-self.energy(part) for part in noise.split(2**14)])
-        log_ess = 2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0)
-        error = ((-log_ess).exp() - 1 / len(log_w)).clamp(min=0).sqrt()
-        return log_w.logsumexp(0) - math.log(len(log_w)), error
+        log_z = log_w.logsumexp(0) - math.log(len(log_w))
+        return log_z, ((((log_w - log_z).exp() - 1) ** 2).mean() / len(log_w)).sqrt()
 
     def eta(self, *parents: Tensor) -> Tensor:
         """Nothing, `(0,)`: the energy depends on z."""

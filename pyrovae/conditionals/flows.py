@@ -11,6 +11,7 @@ from pyro.distributions.transforms import Transform
 from torch import Tensor, nn
 
 from pyrovae.conditionals.conditional import Conditional, Distribution
+from pyrovae.conditionals.density import LogScaleNormal
 from pyrovae.conditionals.transforms import (
     AFFINE,
     GATE,
@@ -104,7 +105,7 @@ class Flow(Conditional):
                 f"{2 * self.dim + self.context_dim} numbers; got {eta.shape[-1]}"
             )
         mu, log_sigma, h = eta.split([self.dim, self.dim, self.context_dim], -1)
-        base = dist.Normal(mu, log_sigma.exp()).to_event(1)
+        base = LogScaleNormal(mu, log_sigma).to_event(1)
         return dist.TransformedDistribution(base, list(self.transforms(h)))
 
     @abstractmethod

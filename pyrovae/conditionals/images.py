@@ -144,15 +144,6 @@ class _ContinuousBernoulli(Density):
         return small, torch.where(small, self.logits, 0 * one), torch.where(small, one, self.logits.abs())
 
     @property
-    def log_normalizer(self) -> Tensor:
-        """log of the integral of exp(l x), (e^l - 1) / l."""
-        small, near, far = self._parts()
-        h = (near / 2) ** 2
-        series = h * (1 / 6 - h * (1 / 180 - h * (1 / 2835 - h * (1 / 37800 - h / 467775))))
-        closed = far / 2 + (-(-far).expm1() / far).log()
-        return self.logits / 2 + torch.where(small, series, closed)
-
-    @property
     def mean(self) -> Tensor:
         """1 / (1 - e^-l) - 1 / l."""
         small, near, far = self._parts()
@@ -162,7 +153,14 @@ class _ContinuousBernoulli(Density):
         return 0.5 + torch.where(small, series, closed)
 
     def log_density(self, value: Tensor) -> Tensor:
-        return value * self.logits - self.log_normalizer
+        """l (x - 1/2) less the series, or l (x - 1) for l > 0 and l x for l < 0 less log((1 - e^-|l|) / |l|)."""
+        small, near, far = self._parts()
+        h = (near / 2) ** 2
+        series = h * (
+            1 / 6 - h * (1 / 180 - h * (1 / 2835 - h * (1 / 37800 - h * (1 / 467775 - h * 691 / 3831077250))))
+        )
+        from_here = torch.where(small, 0.5, (self.logits > 0).to(self.logits.dtype))
+        return (value - from_here) * self.logits - torch.where(small, series, (-(-far).expm1() / far).log())
 
     def draw(self, shape: torch.Size) -> Tensor:
         u = torch.rand(self._extended_shape(shape), dtype=self.logits.dtype, device=self.logits.device)

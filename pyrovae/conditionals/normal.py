@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrovae.conditionals.conditional import Conditional, Distribution
+from pyrovae.conditionals.density import LogScaleNormal
 
 
 class StandardNormal(Conditional):
@@ -91,7 +92,7 @@ class DiagonalNormal(Conditional):
         if eta.shape[-1] % 2:
             raise ValueError(f"Expected DiagonalNormal's network to give 2 D numbers for some D; got {eta.shape[-1]}")
         mu, log_sigma = eta.chunk(2, -1)
-        return dist.Normal(mu, log_sigma.exp()).to_event(1)
+        return LogScaleNormal(mu, log_sigma).to_event(1)
 
 
 class FloorNormal(Conditional):
@@ -140,7 +141,7 @@ class FloorNormal(Conditional):
         if eta.shape[-1] % 2:
             raise ValueError(f"Expected FloorNormal's network to give 2 D numbers for some D; got {eta.shape[-1]}")
         mu, log_s = eta.chunk(2, -1)
-        return dist.Normal(mu, self.floor + log_s.exp()).to_event(1)
+        return LogScaleNormal(mu, (self.floor + log_s.exp()).log()).to_event(1)
 
 
 class UnitNormal(Conditional):

@@ -5,10 +5,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from pyro.distributions import constraints
 from pyro.distributions.transforms import Transform
 from pyro.distributions.transforms.householder import ConditionedHouseholder
-from pyro.distributions.transforms.planar import ConditionedPlanar
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pyrovae.conditionals.flows import Flow
 
@@ -98,7 +99,8 @@ class HouseholderFlow(Flow):
 
     def transforms(self, h: Tensor) -> Sequence[Transform]:
         """All reflections as one."""
-        return [ConditionedHouseholder(self.vectors(h))]
+        v = self.vectors(h)
+        return [ConditionedHouseholder(v / _size(v))]
 
     def vectors(self, h: Tensor) -> Tensor:
         """v of each step, `(*, T, dim)`."""
@@ -110,21 +112,59 @@ class HouseholderFlow(Flow):
         return {"steps": [partial(lambda h, t: self.vectors(h)[..., t, :], t=t) for t in range(self.steps)]}
 
 
-class Planar(ConditionedPlanar):
-    """Pyro's, with an inverse: a = w x solves a + (w u') tanh(a + b) = w y, whose left side increases in a."""
+class Planar(Transform):
+    """x <- x + u' a,  a = tanh(w x + b), with an inverse: a' = w x solves a' + (w u') tanh(a' + b) = w y.
+
+    Its left side increases in a', for w u' = softplus(w u) - 1 > -1. The log-determinant, log(1 + (1 - a^2) w u'), is
+    written log(a^2 + (1 - a^2) softplus(w u)), in which nothing cancels.
+
+    Args:
+        params: b `(*, 1)`, u and w `(*, dim)`.
+    """
+
+    domain = codomain = constraints.real_vector  # pyright: ignore[reportAssignmentType]
+    bijective = True
+    log_det: Tensor
+
+    def __init__(self, params: tuple[Tensor, Tensor, Tensor]):
+        super().__init__(cache_size=1)
+        self.b, u, self.w = params
+        wu = (self.w * u).sum(-1, keepdim=True)
+        self.least = F.softplus(wu)  # slope where a = 0
+        size = _size(self.w)
+        v = self.w / size
+        self.u = u + (F.softplus(-wu) - 1) * v / (v**2).sum(-1, keepdim=True) / size
+
+    def _call(self, x: Tensor) -> Tensor:
+        a = ((self.w * x).sum(-1, keepdim=True) + self.b).tanh()
+        self.log_det = self._slope(a).log().squeeze(-1)
+        return x + self.u * a
+
+    def _slope(self, a: Tensor) -> Tensor:
+        return a**2 + (1 - a**2) * self.least
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Of the pair that was computed last, as it is; of another, anew."""
+        if self._cached_x_y[0] is not x or self._cached_x_y[1] is not y:
+            self._call(x)
+        return self.log_det
 
     def _inverse(self, y: Tensor) -> Tensor:
-        b, u, w = self._params
-        u = self.u_hat(u, w)
-        wu, wy = (w * u).sum(-1, keepdim=True), (w * y).sum(-1, keepdim=True)
+        wu, wy = self.least - 1, (self.w * y).sum(-1, keepdim=True)
         with torch.no_grad():
             low, high = wy - wu.abs(), wy + wu.abs()
             for _ in range(60):
                 a = (low + high) / 2
-                above = a + wu * (a + b).tanh() > wy
+                above = a + wu * (a + self.b).tanh() > wy
                 low, high = torch.where(above, low, a), torch.where(above, a, high)
-            slope = 1 + wu * (1 - (a + b).tanh() ** 2)
-        a = a - (a + wu * (a + b).tanh() - wy) / slope  # a step of Newton's, which has the root's gradient
-        x = y - u * (a + b).tanh()
+            slope = self._slope((a + self.b).tanh()).clamp(min=torch.finfo(a.dtype).tiny)
+        off = a + wu * (a + self.b).tanh() - wy
+        a = a - (off - off.detach()) / slope  # the root, with its gradient
+        x = y - self.u * (a + self.b).tanh()
         self._call(x)  # keeps the log-determinant
         return x
+
+
+def _size(vectors: Tensor) -> Tensor:
+    """The largest entry, by which a vector is divided lest its square underflow; `(*, 1)`, of no gradient."""
+    return vectors.detach().abs().amax(-1, keepdim=True)

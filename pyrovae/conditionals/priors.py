@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pyrovae import reference
 from pyrovae.conditionals.conditional import Conditional, Distribution
+from pyrovae.conditionals.density import LogScaleNormal, Mixture
 from pyrovae.nets import Constant, _check_sizes
 
 
@@ -81,8 +82,8 @@ class MixtureOfNormals(Conditional):
         """The mixture from eta `(K + 2 K dim,)`."""
         k = self.num_components
         log_weights, mu, log_sigma = eta.split([k, k * self.dim, k * self.dim], -1)
-        mu, sigma = mu.unflatten(-1, (k, self.dim)), log_sigma.unflatten(-1, (k, self.dim)).exp()
-        return dist.MixtureSameFamily(dist.Categorical(logits=log_weights), dist.Normal(mu, sigma).to_event(1))
+        mu, log_sigma = (value.unflatten(-1, (k, self.dim)) for value in (mu, log_sigma))
+        return Mixture(dist.Categorical(logits=log_weights), LogScaleNormal(mu, log_sigma).to_event(1))
 
 
 class VampPrior(Conditional):
@@ -172,9 +173,7 @@ class VampPrior(Conditional):
 
     def distribution(self, eta: Tensor) -> Distribution:
         """The mixture from the posterior's eta `(K, E)`."""
-        return dist.MixtureSameFamily(
-            dist.Categorical(logits=eta.new_zeros(len(eta))), self.posterior.distribution(eta)
-        )
+        return Mixture(dist.Categorical(logits=eta.new_zeros(len(eta))), self.posterior.distribution(eta))
 
 
 def _input_size(posterior: Conditional) -> int | None:

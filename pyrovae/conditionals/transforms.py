@@ -92,8 +92,7 @@ def of_halves(net: nn.Module, a: Tensor, h: Tensor, size: int) -> Tensor:
 
 def _gate(x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
     m, s = params.unbind(-2)
-    g = s.sigmoid()
-    return g * x + (1 - g) * m, F.logsigmoid(s)
+    return s.sigmoid() * x + (-s).sigmoid() * m, F.logsigmoid(s)
 
 
 def _ungate(y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,7 +158,8 @@ def _unspline(y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
     b = (y1 - y0) * d0 - rise * (d1 + d0 - 2 * slope)
     c = -slope * rise
     root = (b**2 - 4 * a * c).clamp(min=torch.finfo(y.dtype).tiny).sqrt()  # rounding may take it below 0
-    t = 2 * c / (-b - root)
+    # of the two forms of the root the one whose terms have the same sign; where b < 0, a is above 0
+    t = torch.where(b < 0, (root - b) / torch.where(b < 0, 2 * a, torch.ones_like(a)), -2 * c / (b.abs() + root))
     x = torch.where(y.abs() < SPLINE_BOUND, x0 + t * (x1 - x0), y)
     return x, spline(x, params)[1]
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import biject_to
 from torch.distributions.transforms import identity_transform
 
+from pyrovae.conditionals.density import LogScaleNormal
 from pyrovae.data import Batch, Data, as_data, num_rows
 from pyrovae.labels import without
 from pyrovae.noise import forked
@@ -201,7 +202,7 @@ class LocalGuide(LatentModel):
         plates = {name: pyro.plate(name, sizes[name], dim=frame.dim) for name, frame in frames.items()}
         for latent, *tables in zip(self.latents, self.mu, self.log_sigma, strict=True):
             mu, log_sigma = (latent.as_site(table(index).reshape(len(index), *latent.shape)) for table in tables)
-            q: Any = dist.Normal(mu, log_sigma.exp()).to_event(latent.event_dim)
+            q: Any = LogScaleNormal(mu, log_sigma).to_event(latent.event_dim)
             if latent.transform != identity_transform:
                 q = dist.TransformedDistribution(q, [latent.transform])
             with ExitStack() as stack:

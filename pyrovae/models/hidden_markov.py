@@ -93,7 +93,8 @@ class HiddenMarkovModel(LatentModel):
         log_initial, log_transition, log_likelihood = self._log_probs(x)
         # log p(x_{t:T} | z_t)
         ahead = log_likelihood + reference.backward_algorithm(log_transition, log_likelihood, lengths)
-        initial = dist.OneHotCategorical(logits=log_initial + ahead[:, 0])
+        ahead = (ahead - ahead.amax(-1, keepdim=True)).to(x.dtype)  # thousands of nats, of which differences count
+        initial = dist.OneHotCategorical(logits=log_initial.to(x.dtype) + ahead[:, 0])
         return MarkovChain(initial, self._exact_step, lengths, x.shape[1], ahead[:, 1:])
 
     def _exact_step(self, z: Tensor, ahead: Tensor) -> Distribution:
@@ -101,14 +102,15 @@ class HiddenMarkovModel(LatentModel):
         return dist.OneHotCategorical(logits=z @ self.transition_logits.detach().log_softmax(1) + ahead)
 
     def _log_probs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """log p(z_1) `(S,)`, log p(z_t | z_{t-1}) `(S, S)` and log p(x_t | z_t) `(N, T, S)`."""
-        log_likelihood = self.likelihood(self.states).log_prob(x.unsqueeze(-2))
-        return self.initial_logits.log_softmax(0), self.transition_logits.log_softmax(1), log_likelihood
+        """log p(z_1) `(S,)`, log p(z_t | z_{t-1}) `(S, S)` and log p(x_t | z_t) `(N, T, S)`, float64 for long sums."""
+        log_likelihood = self.likelihood(self.states).log_prob(x.unsqueeze(-2)).double()
+        initial, transition = self.initial_logits.double(), self.transition_logits.double()
+        return initial.log_softmax(0), transition.log_softmax(1), log_likelihood
 
     def log_prob(self, x: Tensor, lengths: Tensor) -> Tensor:
         """log p(x), exact, by the forward algorithm, for sequences `(N, T, X)` of lengths `(N,)`: `(N,)`, in nats."""
         num_steps_of(x, lengths, self.x_dim)
-        return reference.forward_algorithm(*self._log_probs(x), lengths)[0]
+        return reference.forward_algorithm(*self._log_probs(x), lengths)[0].to(x.dtype)
 
     def smooth(self, x: Tensor, lengths: Tensor) -> Tensor:
         """p(z_t | x), exact, `(N, T, S)`; zeros beyond the ends."""
@@ -116,11 +118,11 @@ class HiddenMarkovModel(LatentModel):
         log_initial, log_transition, log_likelihood = self._log_probs(x)
         _, forward = reference.forward_algorithm(log_initial, log_transition, log_likelihood, lengths)
         marginals = (forward + reference.backward_algorithm(log_transition, log_likelihood, lengths)).softmax(-1)
-        return marginals * step_mask(lengths, x.shape[1]).unsqueeze(-1)
+        return marginals.to(x.dtype) * step_mask(lengths, x.shape[1]).unsqueeze(-1)
 
     def reference_elbo(self, x: Tensor, lengths: Tensor, z: Tensor) -> Tensor | None:
         """log p(x) by the forward algorithm, with the gradient of log p(x, z); with another guide None."""
         if self.posterior is not None:
             return None
-        log_joint = reference.hidden_markov_log_joint(z, *self._log_probs(x), lengths)
-        return log_joint - log_joint.detach() + self.log_prob(x, lengths).detach()
+        log_joint = reference.hidden_markov_log_joint(z.double(), *self._log_probs(x), lengths)
+        return (log_joint - log_joint.detach()).to(x.dtype) + self.log_prob(x, lengths).detach()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pyrovae import reference
 from pyrovae.conditionals import Bernoulli, Conditional, DiagonalNormal, StandardNormal
 from pyrovae.conditionals.conditional import Distribution
+from pyrovae.conditionals.density import LogScaleNormal
 from pyrovae.nets import Activation
 from pyrovae.program import LatentModel, data_plate
 
@@ -141,7 +142,7 @@ class LinearGaussian(LatentModel):
         with data_plate(x):
             z = pyro.sample("z", self.prior())
             mu = z @ self.weight.T + self.bias
-            return pyro.sample("x", dist.Normal(mu, self.log_sigma.exp()).to_event(1), obs=x)
+            return pyro.sample("x", LogScaleNormal(mu, self.log_sigma).to_event(1), obs=x)
 
     def guide(self, x: Tensor) -> None:
         """q(z | x), or p(z | x)."""
@@ -149,17 +150,39 @@ class LinearGaussian(LatentModel):
             pyro.sample("z", self.exact_posterior(x) if self.posterior is None else self.posterior(x))
 
     def exact_posterior(self, x: Tensor) -> Distribution:
-        """p(z | x) for x `(*, X)`: a Gaussian on `(D,)` with batch shape `*`."""
-        variance = (2 * self.log_sigma).exp()
-        m = self.weight.T @ self.weight + variance * torch.eye(self.z_dim, dtype=x.dtype, device=x.device)
-        mean = torch.linalg.solve(m, ((x - self.bias) @ self.weight).unsqueeze(-1)).squeeze(-1)
-        return dist.MultivariateNormal(mean, precision_matrix=m / variance)
+        """p(z | x) for x `(*, X)`: a Gaussian on `(D,)` with batch shape `*`; found in float64."""
+        mean, scale = self._posterior(x.double())
+        return dist.MultivariateNormal(mean.to(x.dtype), scale_tril=scale.to(x.dtype))
+
+    def _posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and scale of p(z | x), in float64: T^-1 Q^T (x - b) and s T^-1, T lower triangular, T^T T = M.
+
+        W W^T + s^2 I and M lose s where it is small: Q and T are those of W over s I, whose square is M.
+        """
+        s = self._sigma_eye(self.z_dim)
+        q, r = _qr(torch.cat([self.weight.double(), s]).flip(-1))
+        q, t = q.flip(-1), r.flip(0, 1)
+        mean = torch.linalg.solve_triangular(t, ((x - self.bias) @ q[: self.x_dim]).unsqueeze(-1), upper=False)
+        return mean.squeeze(-1), torch.linalg.solve_triangular(t, s, upper=False)
+
+    def _sigma_eye(self, size: int) -> Tensor:
+        sigma = self.log_sigma.double().exp()
+        return sigma * torch.eye(size, dtype=sigma.dtype, device=sigma.device)
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """log p(x), exact, for x `(*, X)`: `(*)`, in nats; in float64, for W W^T + s^2 I may be ill-conditioned."""
-        variance = (2 * self.log_sigma.double()).exp().expand(self.x_dim)
-        p_x = dist.LowRankMultivariateNormal(self.bias.double(), self.weight.double(), variance)
-        return p_x.log_prob(x.double()).to(x.dtype)
+        """log p(x), exact, for x `(*, X)`: `(*)`, in nats; in float64, for W W^T + s^2 I may be ill-conditioned.
+
+        From that matrix's factor, or, where it is the larger, from log p(x, z) - log p(z | x) at the posterior's mean.
+        """
+        value, bias, weight, log_s = x.double(), self.bias.double(), self.weight.double(), self.log_sigma.double()
+        if self.x_dim <= self.z_dim:
+            _, r = _qr(torch.cat([weight.T, self._sigma_eye(self.x_dim)]))
+            p_x = dist.MultivariateNormal(bias, scale_tril=r.T)
+            return p_x.log_prob(value).to(x.dtype)
+        z, scale = self._posterior(value)
+        log_px_z = LogScaleNormal(z @ weight.T + bias, log_s).log_prob(value).sum(-1)
+        # log N(z; 0, I) - log N(z; z, s^2 M^-1)
+        return (log_px_z - (z**2).sum(-1) / 2 + scale.diagonal().log().sum()).to(x.dtype)
 
     def reference_elbo(self, x: Tensor, z: Tensor) -> Tensor | None:
         """The hand-written one-draw ELBO `(*, N)` at the noise behind z `(*, N, D)`.
@@ -181,3 +204,10 @@ class LinearGaussian(LatentModel):
     def _likelihood_eta(self, z: Tensor) -> Tensor:
         mu = z @ self.weight.T + self.bias
         return torch.cat([mu, self.log_sigma.expand_as(mu)], -1)
+
+
+def _qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Q and R, upper triangular with a positive diagonal, of a matrix `(A, B)`, A >= B: R^T R is its square."""
+    q, r = torch.linalg.qr(matrix)
+    sign = r.diagonal().sign()
+    return q * sign, sign.unsqueeze(-1) * r

@@ -132,7 +132,8 @@ def unlabeled_elbo(labeled_elbos: Tensor, class_logits: Tensor) -> Tensor:
         `(N,)`.
     """
     log_q = (class_logits - torch.logsumexp(class_logits, -1, keepdim=True)).T
-    return (torch.exp(log_q) * (labeled_elbos - log_q)).sum(0)
+    q = torch.exp(log_q)
+    return (q * torch.where(q == 0, torch.zeros_like(q), labeled_elbos - log_q)).sum(0)  # 0 log 0 = 0
 
 
 def semi_supervised_objective(

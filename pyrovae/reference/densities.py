@@ -18,8 +18,13 @@ def log_standard_normal(z: Tensor) -> Tensor:
 
 
 def log_bernoulli(x: Tensor, logits: Tensor) -> Tensor:
-    """log p(x | eta) = sum_i x_i l_i - log(1 + exp l_i), `(*)`."""
-    return (x * logits - torch.logaddexp(logits, torch.zeros_like(logits))).sum(-1)
+    """log p(x | eta) = sum_i x_i l_i - log(1 + exp l_i) = -sum_i x_i log(1 + exp -l_i) + (1 - x_i) log(1 + exp l_i)."""
+    return -(x * _log_1_exp(-logits) + (1 - x) * _log_1_exp(logits)).sum(-1)
+
+
+def _log_1_exp(x: Tensor) -> Tensor:
+    """log(1 + exp x)."""
+    return torch.logaddexp(x, torch.zeros_like(x))
 
 
 def log_unit_normal(x: Tensor, mu: Tensor) -> Tensor:
@@ -41,7 +46,8 @@ def log_full_normal(x: Tensor, eta: Tensor) -> Tensor:
 
 def log_one_hot(y: Tensor, logits: Tensor) -> Tensor:
     """log p(y | eta) = sum_c y_c (l_c - log sum_d exp l_d) for one-hot y `(*, C)`, `(*)`."""
-    return (y * (logits - torch.logsumexp(logits, -1, keepdim=True))).sum(-1)
+    log_p = logits - torch.logsumexp(logits, -1, keepdim=True)
+    return (y * torch.where(y == 0, torch.zeros_like(log_p), log_p)).sum(-1)
 
 
 def log_floor_normal(x: Tensor, eta: Tensor, floor: float) -> Tensor:
@@ -60,21 +66,26 @@ def log_categorical(x: Tensor, eta: Tensor, num_classes: int) -> Tensor:
 
 def log_continuous_bernoulli(x: Tensor, logits: Tensor) -> Tensor:
     """sum_i x_i l_i - log(1 + exp l_i) + log C_i, C = l / tanh(l / 2), at l = 0 equal to 2, `(*)`."""
-    far = torch.where(logits == 0, 1, logits)
-    log_c = torch.where(logits == 0, math.log(2), torch.log(far / torch.tanh(far / 2)))
-    return log_bernoulli(x, logits) + log_c.sum(-1)
+    near = torch.abs(logits) < 0.05  # where the slope of the other cancels
+    far, h = torch.where(near, 1, logits), torch.where(near, logits, 0) ** 2
+    series = math.log(2) + h * (1 / 12 - h * (7 / 1440 - h * (31 / 90720 - h * 127 / 4838400)))
+    return log_bernoulli(x, logits) + torch.where(near, series, torch.log(far / torch.tanh(far / 2))).sum(-1)
 
 
 def log_discretized_logistics(x: Tensor, eta: Tensor, num_components: int) -> Tensor:
     """sum_i log sum_k pi_ik (F_ik(c_i + 1/255) - F_ik(c_i - 1/255)), c = 2 x - 1, eta = (mu, log s, log pi), `(*)`.
 
     F(c) = sigmoid((c - mu) / s), but 1 above c = 1 and 0 below c = -1.
+
+        sigmoid(a) - sigmoid(b) = 2 sinh((a - b) / 2) / (2 cosh(a / 2)) / (2 cosh(b / 2))
     """
     mu, log_s, log_pi = eta.unflatten(-1, (3, num_components, -1)).unbind(-3)
     c, s = (2 * x - 1).unsqueeze(-2), torch.exp(log_s.clamp(min=-7))
-    above = torch.where(c > 1 - 1 / 255, 1, torch.sigmoid((c + 1 / 255 - mu) / s))
-    below = torch.where(c < -1 + 1 / 255, 0, torch.sigmoid((c - 1 / 255 - mu) / s))
-    return torch.log((torch.softmax(log_pi, -2) * (above - below)).sum(-2)).sum(-1)
+    a, b = (c + 1 / 255 - mu) / s, (c - 1 / 255 - mu) / s
+    inside = torch.log(2 * torch.sinh(1 / 255 / s)) - torch.logaddexp(a / 2, -a / 2) - torch.logaddexp(b / 2, -b / 2)
+    log_p = torch.where(c < -1 + 1 / 255, -_log_1_exp(-a), inside)
+    log_p = torch.where(c > 1 - 1 / 255, -_log_1_exp(b), log_p)
+    return torch.logsumexp(torch.log_softmax(log_pi, -2) + log_p, -2).sum(-1)
 
 
 def log_pixels(x: Tensor, eta: Tensor, net: Density) -> Tensor:

@@ -97,5 +97,4 @@ def _filters(numbers: Tensor, image_shape: Sequence[int], size: int) -> tuple[Te
 def _filter(center: Tensor, delta: Tensor, log_variance: Tensor, i: int, size: int, pixels: int) -> Tensor:
     mu = (center + (i - size / 2 - 0.5) * delta).unsqueeze(-1)
     a = torch.arange(1, pixels + 1, dtype=mu.dtype, device=mu.device)
-    weights = torch.exp(-((a - mu) ** 2) / (2 * torch.exp(log_variance).unsqueeze(-1)))
-    return weights / weights.sum(-1, keepdim=True)
+    return torch.softmax(-((a - mu) ** 2) * torch.exp(-log_variance).unsqueeze(-1) / 2, -1)

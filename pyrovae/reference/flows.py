@@ -40,16 +40,15 @@ def _flow(step: Callable[..., tuple[Tensor, Tensor]], back: Callable[..., Tensor
 
 def _iaf(z: Tensor, h: Tensor, net: Any) -> tuple[Tensor, Tensor]:
     m, s = net(z, h).unbind(-2)
-    g = torch.sigmoid(s)
-    return g * z + (1 - g) * m, torch.log(g).sum(-1)  # Algorithm 3
+    # Algorithm 3; 1 - g and log g without loss of digits
+    return torch.sigmoid(s) * z + torch.sigmoid(-s) * m, -torch.logaddexp(-s, torch.zeros_like(s)).sum(-1)
 
 
 def _iaf_back(y: Tensor, h: Tensor, net: Any) -> Tensor:
     z = torch.zeros_like(y)
     for _ in range(y.shape[-1]):  # the k-th pass gets the k-th value in the order right
         m, s = net(z, h).unbind(-2)
-        g = torch.sigmoid(s)
-        z = (y - (1 - g) * m) / g
+        z = (y - torch.sigmoid(-s) * m) / torch.sigmoid(s)
     return z
 
 
@@ -94,36 +93,46 @@ def _slope(f: Net, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _root(f: Net, y: Tensor, radius: Tensor | float) -> Tensor:
-    """x with f(x) = y, f increasing and |x - y| < radius: by bisection, then one step of Newton's for the gradient."""
+    """x with f(x) = y, f increasing and |x - y| < radius: by bisection, with the gradient of a step of Newton's."""
     with torch.no_grad():
         low, high = y - radius, y + radius
         for _ in range(70):
             x = (low + high) / 2
             low, high = torch.where(f(x) < y, x, low), torch.where(f(x) < y, high, x)
-    return x - (f(x) - y) / _slope(f, x)[1].detach()
+    off, slope = f(x) - y, _slope(f, x)[1].detach()
+    return x - (off - off.detach()) / slope.clamp(min=torch.finfo(x.dtype).tiny)
 
 
 def _planar(z: Tensor, h: Tensor, step: Any) -> tuple[Tensor, Tensor]:
-    b, u, w = _planar_parameters(step(h))
+    b, u, w, slope = _planar_parameters(step(h))
     a = torch.tanh((w * z).sum(-1, keepdim=True) + b)
-    psi = (1 - a**2) * w
-    return z + u * a, torch.log(torch.abs(1 + (u * psi).sum(-1)))  # Rezende and Mohamed (2015), eq. 10 to 12
+    # Rezende and Mohamed (2015), eq. 10 to 12: det = 1 + (1 - a^2) w u', with w u' = log(1 + exp(w u)) - 1
+    return z + u * a, torch.log(a**2 + (1 - a**2) * slope).squeeze(-1)
 
 
 def _planar_back(y: Tensor, h: Tensor, step: Any) -> Tensor:
-    b, u, w = _planar_parameters(step(h))
-    uw, wy = (u * w).sum(-1, keepdim=True), (w * y).sum(-1, keepdim=True)
+    b, u, w, slope = _planar_parameters(step(h))
+    uw, wy = slope - 1, (w * y).sum(-1, keepdim=True)
     return y - u * torch.tanh(_root(lambda a: a + uw * torch.tanh(a + b), wy, uw.abs() + 1) + b)
 
 
-def _planar_parameters(values: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _planar_parameters(values: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """b, u' and w  (appendix A.1), and log(1 + exp(w u)); log(1 + exp(w u)) - w u is log(1 + exp(-w u))."""
     b, u, w = values
     wu = (w * u).sum(-1, keepdim=True)
-    return b, u + (torch.log1p(torch.exp(wu)) - 1 - wu) * w / (w**2).sum(-1, keepdim=True), w  # appendix A.1
+    slope, rest = (torch.logaddexp(value, torch.zeros_like(wu)) for value in (wu, -wu))
+    size = _size(w)
+    return b, u + (rest - 1) * (w / size) / ((w / size) ** 2).sum(-1, keepdim=True) / size, w, slope
+
+
+def _size(v: Tensor) -> Tensor:
+    """The largest entry, without which the square of a tiny vector would be 0."""
+    return torch.abs(v).amax(-1, keepdim=True).detach()
 
 
 def _reflected(z: Tensor, h: Tensor, step: Any) -> Tensor:
     v = step(h)
+    v = v / _size(v)
     return z - 2 * v * (v * z).sum(-1, keepdim=True) / (v**2).sum(-1, keepdim=True)  # Tomczak and Welling (2016), eq. 8
 
 
@@ -137,12 +146,15 @@ def _spline(b: Tensor, theta: Tensor, bound: float, least: float) -> tuple[Tenso
     num_bins = (theta.shape[-2] + 1) // 3
     widths, heights, inner = theta.split([num_bins, num_bins, num_bins - 1], -2)
     w, r = (2 * bound * (least + (1 - num_bins * least) * torch.softmax(a, -2)) for a in (widths, heights))
-    left, low = torch.cumsum(w, -2) - w - bound, torch.cumsum(r, -2) - r - bound
-    inner = least + torch.log1p(torch.exp(inner + math.log(math.exp(1 - least) - 1)))
+    right, low = torch.cumsum(w, -2) - bound, torch.cumsum(r, -2) - r - bound
+    right = torch.cat([right[..., :-1, :], torch.full_like(right[..., :1, :], bound)], -2)
+    left = torch.cat([torch.full_like(right[..., :1, :], -bound), right[..., :-1, :]], -2)
+    inner = inner + math.log(math.exp(1 - least) - 1)
+    inner = least + torch.logaddexp(inner, torch.zeros_like(inner))
     ones = torch.ones_like(inner[..., :1, :])
     d0, d1 = torch.cat([ones, inner], -2), torch.cat([inner, ones], -2)
     x = b.unsqueeze(-2)  # in every bin at once, of which one is chosen
-    chosen = (x >= left) & (x < left + w)
+    chosen = (x >= left) & (x < right)
     xi = torch.where(chosen, (x - left) / w, torch.zeros_like(w))
     s, product = r / w, xi * (1 - xi)
     y = low + r * (s * xi**2 + d0 * product) / (s + (d1 + d0 - 2 * s) * product)  # Durkan et al. (2019), eq. 4

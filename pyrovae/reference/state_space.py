@@ -88,29 +88,72 @@ def kalman_filter(
     Returns:
         `(N,)`, `(N, T, D)` and `(N, T, D, D)`; beyond a sequence's end, predictions.
     """
-    mean, covariance = initial_mean.expand(len(x), -1), initial_covariance.expand(len(x), -1, -1)
-    log_px, means, covariances = x.new_zeros(len(x)), [], []
+    log_px, mean, root = _filter(
+        x,
+        lengths,
+        transition,
+        emission,
+        bias,
+        initial_mean,
+        initial_covariance,
+        transition_covariance,
+        emission_covariance,
+    )
+    return log_px, mean, root.mT @ root
+
+
+def _filter(
+    x: Tensor,
+    lengths: Tensor,
+    transition: Tensor,
+    emission: Tensor,
+    bias: Tensor,
+    initial_mean: Tensor,
+    initial_covariance: Tensor,
+    transition_covariance: Tensor,
+    emission_covariance: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The filter, with a root U in the place of each covariance U^T U: none is formed, let alone taken from another."""
+    mean, root = initial_mean.expand(len(x), -1), _root(initial_covariance).expand(len(x), -1, -1)
+    step, noise = _root(transition_covariance), _root(emission_covariance).expand(len(x), -1, -1)
+    log_px, means, roots = x.new_zeros(len(x)), [], []
     for t in range(x.shape[1]):
         if t > 0:
             mean = mean @ transition.T
-            covariance = transition @ covariance @ transition.T + transition_covariance
+            root = torch.linalg.qr(torch.cat([root @ transition.T, step.expand_as(root)], 1)).R
         seen = (t < lengths).unsqueeze(-1)
-        innovation = emission @ covariance @ emission.T + emission_covariance
+        innovation, rest, updated = _joint(noise, root, emission)
         error = torch.where(seen, x[:, t] - mean @ emission.T - bias, 0)
-        log_px = log_px + torch.where(seen[:, 0], _log_centered_normal(error, innovation), 0)
-        gain = torch.linalg.solve(innovation, emission @ covariance).mT
-        mean = mean + (gain @ error.unsqueeze(-1)).squeeze(-1)
-        covariance = torch.where(seen.unsqueeze(-1), covariance - gain @ emission @ covariance, covariance)
+        eps = torch.linalg.solve_triangular(innovation.mT, error.unsqueeze(-1), upper=False)
+        log_det = torch.log(torch.abs(innovation.diagonal(dim1=-2, dim2=-1))).sum(-1)
+        log_px = log_px + torch.where(seen[:, 0], log_standard_normal(eps.squeeze(-1)) - log_det, 0)
+        mean = mean + (rest.mT @ eps).squeeze(-1)
+        root = torch.where(seen.unsqueeze(-1), updated, root)
         means.append(mean)
-        covariances.append(covariance)
-    return log_px, torch.stack(means, 1), torch.stack(covariances, 1)
+        roots.append(root)
+    return log_px, torch.stack(means, 1), torch.stack(roots, 1)
 
 
-def _log_centered_normal(error: Tensor, covariance: Tensor) -> Tensor:
-    """log N(error; 0, covariance), by the Cholesky factor."""
-    scale = torch.linalg.cholesky(covariance)
-    eps = torch.linalg.solve_triangular(scale, error.unsqueeze(-1), upper=False).squeeze(-1)
-    return log_standard_normal(eps) - scale.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+def _root(covariance: Tensor) -> Tensor:
+    """U, upper triangular, with U^T U the covariance."""
+    return torch.linalg.cholesky(covariance).mT
+
+
+def _joint(noise: Tensor, root: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of z ~ N(0, U^T U) and x = A z + e, e ~ N(0, V^T V), what the root of their covariance is made of.
+
+    By a QR decomposition (Kaminski, Bryson and Schmidt 1971): S with S^T S = A P A^T + R, G with S^T G = A P, and W
+    with W^T W = P - G^T G, the covariance of z given x.
+
+    Args:
+        noise: V `(*, X, X)`.
+        root: U `(*, D, D)`.
+        matrix: A `(X, D)`.
+    """
+    x_dim, z_dim = matrix.shape
+    noise = torch.cat([noise, noise.new_zeros(*noise.shape[:-1], z_dim)], -1)
+    both = torch.linalg.qr(torch.cat([torch.cat([root @ matrix.T, root], -1), noise], -2)).R
+    return both[..., :x_dim, :x_dim], both[..., :x_dim, x_dim:], both[..., x_dim:, x_dim:]
 
 
 def kalman_smoother(x: Tensor, lengths: Tensor, **parameters: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,16 +165,16 @@ def kalman_smoother(x: Tensor, lengths: Tensor, **parameters: Tensor) -> tuple[T
     Returns:
         `(N, T, D)` and `(N, T, D, D)`; beyond a sequence's end, predictions.
     """
-    a, q = parameters["transition"], parameters["transition_covariance"]
-    _, means, covariances = kalman_filter(x, lengths, **parameters)
-    mean, covariance = means[:, -1], covariances[:, -1]
+    a, step = parameters["transition"], _root(parameters["transition_covariance"])
+    _, means, roots = _filter(x, lengths, **parameters)
+    mean, covariance = means[:, -1], roots[:, -1].mT @ roots[:, -1]
     smoothed = [(mean, covariance)]
     for t in reversed(range(x.shape[1] - 1)):
-        predicted = a @ covariances[:, t] @ a.T + q
-        gain = torch.linalg.solve(predicted, a @ covariances[:, t]).mT
+        root, rest, given = _joint(step.expand_as(covariance), roots[:, t], a)  # of z_{t+1} and z_t given it
+        gain = torch.linalg.solve_triangular(root, rest, upper=True).mT
         error = mean - means[:, t] @ a.T
         mean = means[:, t] + (gain @ error.unsqueeze(-1)).squeeze(-1)
-        covariance = covariances[:, t] + gain @ (covariance - predicted) @ gain.mT
+        covariance = given.mT @ given + gain @ covariance @ gain.mT
         smoothed.insert(0, (mean, covariance))
     return torch.stack([mean for mean, _ in smoothed], 1), torch.stack([covariance for _, covariance in smoothed], 1)
 
@@ -186,10 +229,16 @@ def hidden_markov_log_joint(
         z: the states.
         log_initial, log_transition, log_likelihood, lengths: as for `forward_algorithm`.
     """
-    log_joint = (z[..., 0, :] * log_initial).sum(-1)
+    log_joint = _at(z[..., 0, :], log_initial)
     for t in range(z.shape[-2]):
-        step = (z[..., t, :] * log_likelihood[:, t]).sum(-1)
+        step = _at(z[..., t, :], log_likelihood[:, t])
         if t > 0:
-            step = step + ((z[..., t - 1, :] @ log_transition) * z[..., t, :]).sum(-1)
+            moves = z[..., t - 1, :, None] * z[..., t, None, :]
+            step = step + _at(moves.flatten(-2), log_transition.flatten())
         log_joint = log_joint + torch.where(t < lengths, step, 0)
     return log_joint
+
+
+def _at(z: Tensor, log_p: Tensor) -> Tensor:
+    """sum_s z_s log p_s, where z_s is 0 without it, be it minus infinity."""
+    return (z * torch.where(z == 0, torch.zeros_like(log_p), log_p)).sum(-1)
