@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.distributions import Independent
 from torch.distributions.utils import _sum_rightmost
 
-from pyrovae.traces import check_latents, check_whole, sample_sites
+from pyrovae.arguments import check_number, check_whole
+from pyrovae.traces import check_latents, sample_sites
 
 Gradient = Literal["plain", "dreg"]
 Program = Callable[..., Any]
@@ -281,8 +282,7 @@ class FreeBits_ELBO(TracedELBO):
         vectorize_particles: bool = True,
     ):
         super().__init__(num_particles, max_plate_nesting, vectorize_particles)
-        if not 0 <= nats < math.inf:
-            raise ValueError(f"Expected nats to be a number of at least 0; got {nats!r}")
+        check_number(nats=nats)
         check_whole(groups=groups)
         self.nats, self.groups = nats, groups
 
@@ -332,4 +332,6 @@ def bound(free_bits: float | tuple[float, int] | None) -> ELBO:
     """`Trace_ELBO`, or the one with free bits."""
     if free_bits is None:
         return Trace_ELBO()
+    if isinstance(free_bits, tuple) and len(free_bits) != 2:
+        raise ValueError(f"Expected free_bits to be nats, or (nats, groups); got {free_bits!r}")
     return FreeBits_ELBO(*free_bits) if isinstance(free_bits, tuple) else FreeBits_ELBO(free_bits)

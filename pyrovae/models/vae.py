@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from pyrovae import reference
 from pyrovae.conditionals import Bernoulli, Conditional, DiagonalNormal, StandardNormal
-from pyrovae.conditionals.conditional import Distribution
-from pyrovae.nets import Activation
+from pyrovae.conditionals.conditional import Distribution, check_conditionals, check_families
+from pyrovae.nets import Activation, _check_hidden, _check_input, _check_sizes
 from pyrovae.program import LatentModel, data_plate
 
 
@@ -34,6 +34,7 @@ class VAE(LatentModel):
 
     def __init__(self, prior: Conditional, likelihood: Conditional, posterior: Conditional):
         super().__init__()
+        check_conditionals(prior=prior, likelihood=likelihood, posterior=posterior)
         self.prior, self.likelihood, self.posterior = prior, likelihood, posterior
 
     @classmethod
@@ -57,6 +58,8 @@ class VAE(LatentModel):
             posterior: family of q(z | x).
             activation: after every hidden layer.
         """
+        check_families(likelihood=likelihood, posterior=posterior)
+        _check_hidden(hidden)
         return cls(
             StandardNormal(z_dim),
             likelihood.mlp(z_dim, x_dim, hidden[::-1], activation),
@@ -128,8 +131,9 @@ class LinearGaussian(LatentModel):
 
     def __init__(self, x_dim: int, z_dim: int, posterior: Conditional | None = None):
         super().__init__()
-        if min(x_dim, z_dim) < 1:
-            raise ValueError(f"Expected x_dim and z_dim to be positive; got {x_dim} and {z_dim}")
+        _check_sizes(x_dim=x_dim, z_dim=z_dim)
+        if posterior is not None:
+            check_conditionals(posterior=posterior)
         self.x_dim, self.z_dim, self.posterior = x_dim, z_dim, posterior
         self.prior = StandardNormal(z_dim)
         self.weight = nn.Parameter(torch.randn(x_dim, z_dim) / math.sqrt(z_dim))
@@ -150,6 +154,7 @@ class LinearGaussian(LatentModel):
 
     def exact_posterior(self, x: Tensor) -> Distribution:
         """p(z | x) for x `(*, X)`: a Gaussian on `(D,)` with batch shape `*`."""
+        _check_input(x, self.x_dim, self, "x")
         variance = (2 * self.log_sigma).exp()
         m = self.weight.T @ self.weight + variance * torch.eye(self.z_dim, dtype=x.dtype, device=x.device)
         mean = torch.linalg.solve(m, ((x - self.bias) @ self.weight).unsqueeze(-1)).squeeze(-1)
@@ -157,6 +162,7 @@ class LinearGaussian(LatentModel):
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x), exact, for x `(*, X)`: `(*)`, in nats; in float64, for W W^T + s^2 I may be ill-conditioned."""
+        _check_input(x, self.x_dim, self, "x")
         variance = (2 * self.log_sigma.double()).exp().expand(self.x_dim)
         p_x = dist.LowRankMultivariateNormal(self.bias.double(), self.weight.double(), variance)
         return p_x.log_prob(x.double()).to(x.dtype)
