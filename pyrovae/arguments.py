@@ -1,6 +1,7 @@
-"""Numbers that functions are given: what they must be, said in one way."""
+"""Numbers and words that functions are given: what they must be, said in one way."""
 
 import math
+from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any
 
@@ -28,6 +29,13 @@ def check_number(least: float = 0.0, **values: Any) -> None:
 def is_number(value: Any) -> bool:
     """Whether a value is a real number, NumPy's included; True and False are none."""
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def check_one_of(known: Iterable[str], **values: Any) -> None:
+    """Raises ValueError for what is not one of these words."""
+    for name, value in values.items():
+        if not isinstance(value, str) or value not in known:
+            raise ValueError(f"Expected {name} to be one of {', '.join(known)}; got {value!r}")
 
 
 def check_seed(seed: Any, least: int = -(2**63), largest: int = 2**64 - 1) -> None:

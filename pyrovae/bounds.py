@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pyro.poutine as poutine
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import Independent
 from torch.distributions.utils import _sum_rightmost
 
-from pyrovae.arguments import check_number, check_whole
+from pyrovae.arguments import check_number, check_one_of, check_whole
 from pyrovae.traces import check_latents, sample_sites
 
 Gradient = Literal["plain", "dreg"]
@@ -89,6 +89,8 @@ class TracedELBO(ELBO):
 
     def __init__(self, num_particles: int = 1, max_plate_nesting: float = math.inf, vectorize_particles: bool = True):
         check_whole(num_particles=num_particles)
+        if not (isinstance(max_plate_nesting, float) and max_plate_nesting == math.inf):
+            check_whole(0, max_plate_nesting=max_plate_nesting)
         super().__init__(
             num_particles=num_particles, max_plate_nesting=max_plate_nesting, vectorize_particles=vectorize_particles
         )
@@ -201,8 +203,7 @@ class IWAE_ELBO(TracedELBO):
         vectorize_particles: bool = True,
     ):
         super().__init__(num_particles, max_plate_nesting, vectorize_particles)
-        if gradient not in ("plain", "dreg"):
-            raise ValueError(f"Expected gradient to be plain or dreg; got {gradient!r}")
+        check_one_of(get_args(Gradient), gradient=gradient)
         self.gradient = gradient
 
     def _minus_loss(self, traces: list[_Traces], again: Callable[[_Traces], _Traces]) -> Tensor:

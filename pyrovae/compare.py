@@ -1,7 +1,7 @@
 """Bounds on log p(x) side by side."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +93,7 @@ def compare(
         >>> [bound.name for bound in comparison.bounds]
         ['reference ELBO', 'Trace_ELBO', 'bound, K = 1', 'bound, K = 10', 'exact log p(x)']
     """
-    ks = list(num_particles) if isinstance(num_particles, Iterable) else [num_particles]
+    ks: list[Any] = list(num_particles) if isinstance(num_particles, list | tuple | set | range) else [num_particles]
     for k in ks or [0]:
         check_arguments(program, k)
     ks = sorted(set(ks))

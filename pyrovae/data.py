@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pyrovae import sources
-from pyrovae.arguments import check_seed, check_whole
+from pyrovae.arguments import check_one_of, check_seed, check_whole
 from pyrovae.sequences import ended
 
 Batch = dict[str, Tensor]
@@ -323,8 +323,7 @@ def load(name_or_path: str | Path, binarize: Binarize = "none", *, labels: bool 
         >>> len(digits.train), len(digits.val), len(digits.test), digits.shape
         (1437, 180, 180, (1, 8, 8))
     """
-    if binarize not in get_args(Binarize):
-        raise ValueError(f"Expected binarize to be one of {', '.join(get_args(Binarize))}; got {binarize!r}")
+    check_one_of(get_args(Binarize), binarize=binarize)
     check_seed(seed)
     parts, shape = _read(str(name_or_path), labels)
     generator = torch.Generator().manual_seed(int(seed))

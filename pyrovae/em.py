@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 from tqdm import tqdm
 
-from pyrovae.arguments import check_number, check_seed
+from pyrovae.arguments import check_number, check_one_of, check_seed
 from pyrovae.conditionals import Conditional, DiagonalNormal, FullNormal, OneHotCategorical
 from pyrovae.data import as_batch, check_finite
 from pyrovae.nets import MLP, Constant, _check_sizes
@@ -42,8 +42,7 @@ def gaussians(dim: int, num_clusters: int, covariance: Covariance) -> Conditiona
         ValueError: for a size below 1, or another covariance.
     """
     _check_sizes(dim=dim, num_clusters=num_clusters)
-    if not isinstance(covariance, str) or covariance not in FAMILIES:
-        raise ValueError(f"Expected covariance to be one of {', '.join(FAMILIES)}; got {covariance!r}")
+    check_one_of(FAMILIES, covariance=covariance)
     family = FAMILIES[covariance]
     net = MLP(num_clusters, family.eta_dim(dim), (), out_bias=False)
     nn.init.zeros_(_matrix(net))

@@ -13,7 +13,7 @@ import torch
 from pyro.infer import ELBO
 
 from pyrovae import checkpoint
-from pyrovae.arguments import check_number, check_seed
+from pyrovae.arguments import check_number, check_one_of, check_seed
 from pyrovae.bounds import bound, check_bound
 from pyrovae.compiled import Compile
 from pyrovae.conditionals.conditional import PRECISIONS
@@ -196,8 +196,7 @@ def _check_positive(**values: float | None) -> None:
 
 def _check_known(**options: tuple[Any, Iterable[str]]) -> None:
     for name, (value, known) in options.items():
-        if not isinstance(value, str) or value not in known:
-            raise ValueError(f"Expected {name} to be one of {', '.join(known)}; got {value!r}")
+        check_one_of(known, **{name: value})
         if value == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"Expected {name} to be one that is here; got 'cuda', and torch finds none")
 

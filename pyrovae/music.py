@@ -17,12 +17,11 @@ def write_midi(roll: Tensor, path: str | Path, *, tempo: float = 100.0, lowest: 
     Args:
         roll: `(T, K)`, keys that are struck (above 0.5) at each step.
         path: of the file.
-        tempo: quarter notes a minute.
+        tempo: quarter notes a minute, 4 to 1000; a file holds no longer ones.
         lowest: MIDI pitch of the first key; 21 for a piano's 88.
 
     Raises:
-        ValueError: for what is no piano roll, NaN or infinity in it, pitches outside 0 to 127, or a tempo that is not
-            positive.
+        ValueError: for what is no piano roll, NaN or infinity in it, pitches outside 0 to 127, or such a tempo.
 
     Example:
         >>> import tempfile, torch
@@ -38,8 +37,8 @@ def write_midi(roll: Tensor, path: str | Path, *, tempo: float = 100.0, lowest: 
         raise ValueError(
             f"Expected roll (T, K), its K pitches from lowest={lowest} within 0 to 127; got shape {tuple(roll.shape)}"
         )
-    if not is_number(tempo) or not 1 <= tempo <= 1000:
-        raise ValueError(f"Expected tempo from 1 to 1000 quarter notes a minute; got {tempo!r}")
+    if not is_number(tempo) or not 4 <= tempo <= 1000:
+        raise ValueError(f"Expected tempo from 4 to 1000 quarter notes a minute; got {tempo!r}")
     import mido
 
     track = mido.MidiTrack([mido.MetaMessage("set_tempo", tempo=mido.bpm2tempo(tempo))])

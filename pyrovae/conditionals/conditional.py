@@ -12,7 +12,8 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor, nn
 
-from pyrovae.nets import MLP, Activation
+from pyrovae.arguments import check_one_of
+from pyrovae.nets import MLP, Activation, _check_sizes
 
 PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16}
 _NETWORK_DTYPE: ContextVar[torch.dtype | None] = ContextVar("_NETWORK_DTYPE", default=None)
@@ -27,8 +28,7 @@ def networks_in(precision: str) -> Iterator[None]:
     Raises:
         ValueError: for another precision.
     """
-    if not isinstance(precision, str) or precision not in PRECISIONS:
-        raise ValueError(f"Expected precision to be one of {', '.join(PRECISIONS)}; got {precision!r}")
+    check_one_of(PRECISIONS, precision=precision)
     token = _NETWORK_DTYPE.set(PRECISIONS[precision])
     try:
         yield
@@ -96,6 +96,7 @@ class Conditional(nn.Module, ABC):
             activation: after every hidden layer.
             family: what the family's constructor takes beside the network, as num_classes=10.
         """
+        _check_sizes(parents_dim=parents_dim, dim=dim)
         net = MLP(parents_dim, cls.eta_dim(dim, **family), hidden, activation)
         weight = net.layers[-1].get_parameter("weight")
         nn.init.zeros_(weight.data[cls.num_locations(dim, **family) :])

@@ -90,6 +90,7 @@ class Categorical(Conditional):
     @staticmethod
     def eta_dim(dim: int, num_classes: int = 256) -> int:
         """A logit for each class of each value."""
+        _check_sizes(num_classes=num_classes)
         return num_classes * dim
 
     @staticmethod

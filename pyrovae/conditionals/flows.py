@@ -71,6 +71,7 @@ class Flow(Conditional):
             activation: after every hidden layer of the perceptron.
             options: arguments of the class, as steps.
         """
+        _check_sizes(parents_dim=parents_dim, dim=dim)
         options = cls.of_parents | options
         net = MLP(parents_dim, 2 * dim + cls(None, dim, **options).context_dim, hidden, activation)
         nn.init.zeros_(net.layers[-1].get_parameter("weight").data[dim:])

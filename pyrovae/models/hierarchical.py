@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from pyrovae import reference
+from pyrovae.arguments import check_one_of
 from pyrovae.conditionals import Bernoulli, Conditional, DiagonalNormal, StandardNormal
 from pyrovae.conditionals.conditional import check_conditionals, check_families
 from pyrovae.nets import Activation, _check_sequence, _check_sizes
@@ -68,8 +69,7 @@ class HierarchicalVAE(LatentModel):
                 "Expected priors and posteriors to be lists of one common length, at least 1; "
                 f"got {len(priors)} and {len(posteriors)}"
             )
-        if guide_kind not in get_args(GuideKind):
-            raise ValueError(f"Expected guide_kind to be one of {', '.join(get_args(GuideKind))}; got {guide_kind!r}")
+        check_one_of(get_args(GuideKind), guide_kind=guide_kind)
         if guide_kind == "ladder":
             _check_ladder(priors=priors, posteriors=posteriors)
         self.priors = cast("Sequence[Conditional]", nn.ModuleList(priors))
@@ -107,6 +107,7 @@ class HierarchicalVAE(LatentModel):
             ValueError: for no layer, or hidden of another length.
         """
         check_families(likelihood=likelihood)
+        check_one_of(get_args(GuideKind), guide_kind=guide_kind)
         _check_sizes(x_dim=x_dim)
         _check_sequence("z_dims", z_dims, (100, 50))
         if not isinstance(hidden, list | tuple):

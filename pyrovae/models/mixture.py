@@ -71,10 +71,22 @@ class GaussianMixture(LatentModel):
         return OneHotCategorical(None).distribution(log_joint(self.label_prior, self.likelihood, x))
 
     def log_prob(self, x: Tensor, c: Tensor | None = None) -> Tensor:
-        """log p(x), exact, for x `(N, X)`, or log p(x, c) for integer clusters c `(N,)`: `(N,)`, in nats."""
+        """log p(x), exact, for x `(N, X)`, or log p(x, c) for integer clusters c `(N,)`: `(N,)`, in nats.
+
+        Raises:
+            ValueError: for x of another size or dtype, or clusters that are none.
+        """
         _check_input(x, self.x_dim, self, "x")
         joint = log_joint(self.label_prior, self.likelihood, x)
-        return joint.logsumexp(-1) if c is None else joint.gather(-1, c.unsqueeze(-1)).squeeze(-1)
+        if c is None:
+            return joint.logsumexp(-1)
+        chosen = one_hot(c, self.num_clusters).bool()
+        if chosen.shape != joint.shape or not bool(chosen.any(-1).all()):
+            raise ValueError(
+                f"Expected c to be clusters {tuple(joint.shape[:-1])} from 0 to {self.num_clusters - 1}; "
+                f"got shape {tuple(c.shape)}, {c.min().item()} to {c.max().item()}"
+            )
+        return joint[chosen].reshape(joint.shape[:-1])
 
     def start_from(self, x: Any, seed: int) -> Self:
         """Place the clusters by k-means, begun by k-means++: each is the Gaussian of the data nearest to its mean.

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from pyrovae.arguments import check_whole
+from pyrovae.arguments import check_one_of, check_whole
 
 Activation = Literal["tanh", "relu", "elu", "softplus", "silu"]
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -20,8 +20,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 
 
 def _activation(name: str) -> type[nn.Module]:
-    if not isinstance(name, str) or name not in ACTIVATIONS:
-        raise ValueError(f"Expected activation to be one of {', '.join(ACTIVATIONS)}; got {name!r}")
+    check_one_of(ACTIVATIONS, activation=name)
     return ACTIVATIONS[name]
 
 
