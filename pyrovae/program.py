@@ -13,7 +13,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import OneHotCategorical
 
-from pyrovae.arguments import check_seed, check_whole
+from pyrovae.arguments import check_seed, check_whole, is_number
 from pyrovae.data import Batch, as_batch
 from pyrovae.labels import Fixed, Label, site_of, without
 
@@ -80,7 +80,8 @@ class LatentModel(nn.Module):
             What `model` returns, `(n, D)`; with `like`, the value of its data site.
 
         Raises:
-            ValueError: for n < 1, arguments of another length, or where the data site cannot be told.
+            ValueError: for n < 1, arguments of another length, that are no tensors or numbers or that the model cannot
+                run on, or where the data site cannot be told.
         """
         check_whole(n=n)
         required = [
@@ -288,7 +289,7 @@ def told(batch: Batch, name: str = "data") -> Iterator[None]:
 
 def _for_all(name: str, value: Any, n: int) -> Tensor:
     """A condition of n data: given for each of them, or once."""
-    if isinstance(value, bool) or not isinstance(value, Tensor | int | float):
+    if not isinstance(value, Tensor) and not is_number(value):
         raise ValueError(f"Expected {name} to be a tensor or a number; got {value!r}")
     value = torch.as_tensor(value)
     if value.dim() == 0:
