@@ -1,6 +1,7 @@
 """Fuzzers: whatever is given as data, a public function gives the right result or a documented error."""
 
 import functools
+import math
 from typing import Any
 
 import hypothesis
@@ -16,6 +17,7 @@ from torch.testing import assert_close
 from pyrovae import (
     LatentModel,
     LocalGuide,
+    attention,
     check,
     classify,
     compare,
@@ -27,13 +29,16 @@ from pyrovae import (
     indexed,
     log_weights,
     mcmc_em,
+    one_hot,
     pad,
     posterior_draws,
     quadrant,
+    reference,
     variational_em,
 )
 from pyrovae.conditionals import Conditional
 from pyrovae.data import Data
+from pyrovae.weights import WeightSums
 
 ENTRIES = zoo.PROGRAMS | zoo.LABELED
 programs = st.sampled_from(sorted(ENTRIES))
@@ -236,15 +241,9 @@ def plain_calls(draw):
         "quadrant": lambda: quadrant(given, shape, which),
         "pad": lambda: pad(many),
         "indexed": lambda: indexed(given),
-        "one_hot": lambda: zoo_one_hot(given, number),
+        "one_hot": lambda: one_hot(given, number),
     }
     return kind, (given, number, seed, shape, many, which), calls[kind]
-
-
-def zoo_one_hot(y, num_classes):
-    from pyrovae import one_hot
-
-    return one_hot(y, num_classes)
 
 
 @fuzz(200, 10000, case=plain_calls())
@@ -261,6 +260,7 @@ def _density(conditional: Conditional, *parents: Any) -> Any:
     return conditional.distribution(eta) if eta.numel() or not parents else eta
 
 
+seeds = st.integers(0, 999)
 leading = st.lists(st.integers(0, 3), max_size=3).map(tuple)
 
 
@@ -339,3 +339,60 @@ def test_conditionals_give_any_parents_a_density_or_a_documented_error(name, giv
     conditional = _conditional(name, torch.float32)
     with unchanged(given), state_kept(seeded=False):
         error_of(lambda: _density(conditional, *given))
+
+
+# What is plain torch: float32 in any layout against float64.
+DENSITIES: dict[str, tuple[Any, tuple[int, ...]]] = {  # functions of values, and the sizes of these
+    "log_standard_normal": (reference.log_standard_normal, (3,)),
+    "log_bernoulli": (lambda x, eta: reference.log_bernoulli((x > 0).to(x), eta), (3, 3)),
+    "log_unit_normal": (reference.log_unit_normal, (3, 3)),
+    "log_diagonal_normal": (reference.log_diagonal_normal, (3, 6)),
+    "log_full_normal": (reference.log_full_normal, (3, 9)),
+    "log_one_hot": (lambda x, eta: reference.log_one_hot((x == x.amax(-1, True)).to(x), eta), (3, 3)),
+    "log_floor_normal": (lambda x, eta: reference.log_floor_normal(x, eta, floor=0.1), (3, 6)),
+    "log_mixture_of_normals": (lambda x, eta: reference.log_mixture_of_normals(x, eta, num_components=2), (3, 14)),
+    "log_continuous_bernoulli": (lambda x, eta: reference.log_continuous_bernoulli(x.sigmoid(), eta), (3, 3)),
+    "kl_diagonal_standard": (reference.kl_diagonal_standard, (6,)),
+    "kl_full_standard": (reference.kl_full_standard, (9,)),
+    "importance_bound": (lambda log_w: reference.importance_bound(log_w.reshape(4, -1)), (4,)),
+    "filters": (lambda numbers: attention.filters(numbers, 3, 4, 2).x.flatten(-2), (5,)),
+    "window": (lambda numbers: attention.window(numbers, 3, 4, 2), (5,)),
+}
+
+
+@fuzz(
+    60, 3000, name=st.sampled_from(sorted(DENSITIES)), rows=st.integers(1, 4), seed=st.integers(0, 999), layout=layouts
+)
+def test_plain_functions_of_float32_in_any_layout_are_those_of_float64(name, rows, seed, layout):
+    function, sizes = DENSITIES[name]
+    generator = torch.Generator().manual_seed(seed)
+    values = [torch.randn(rows, size, generator=generator) for size in sizes]
+    given = [LAYOUTS[layout](value) for value in values]
+    with unchanged(given), state_kept():
+        found = function(*given)
+    expected = function(*(value.double() for value in values))
+    assert found.dtype == torch.float32
+    assert_close(found.detach().double(), expected, rtol=1e-3, atol=1e-4)
+
+
+weight = st.one_of(st.floats(-50, 50), st.sampled_from([0.0, 1e30, -1e30, 700.0, -700.0, -float("inf")]))
+
+
+@fuzz(
+    60,
+    3000,
+    values=st.lists(weight, min_size=1, max_size=30),
+    parts=st.lists(st.integers(1, 9), max_size=9),
+    layout=layouts,
+)
+def test_sums_of_weights_do_not_depend_on_how_they_come(values, parts, layout):
+    log_w = torch.tensor(values, dtype=torch.float64).unsqueeze(1).expand(-1, 2).contiguous()
+    whole, pieces = WeightSums(len(log_w)), WeightSums(len(log_w))
+    whole.add(log_w)
+    rest = len(log_w) - sum(parts)
+    for chunk in log_w.split([*parts, rest]) if rest >= 0 else log_w.split(parts[0]):
+        if len(chunk):
+            pieces.add(LAYOUTS[layout](chunk).detach())
+    assert_close(whole.log_mean(), log_w.logsumexp(0) - math.log(len(log_w)), rtol=1e-9, atol=1e-9)
+    for name in ("log_mean", "elbo", "ess", "standard_error", "k_hat"):
+        assert_close(getattr(pieces, name)(), getattr(whole, name)(), rtol=1e-6, atol=1e-7, equal_nan=True)
