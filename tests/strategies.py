@@ -1,13 +1,14 @@
 """What the fuzzers feed to public functions, and what they hold against what comes back."""
 
+import atexit
 import contextlib
 import copy
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import hypothesis
 import numpy as np
 import pyro
 import pytest
@@ -21,7 +22,9 @@ from torch import Tensor, nn
 from pyrovae import CompileError, LatentModel
 from pyrovae.data import Data
 
-set_hypothesis_home_dir(tempfile.mkdtemp(prefix="hypothesis-"))  # nothing is left beside the tests
+HOME = tempfile.mkdtemp(prefix="hypothesis-")  # nothing is left beside the tests
+atexit.register(shutil.rmtree, HOME, ignore_errors=True)
+set_hypothesis_home_dir(HOME)
 
 DOCUMENTED = (ValueError, OSError, FloatingPointError, CompileError)
 CALL_PROTOCOL = ("missing", "unexpected keyword", "positional argument")  # Python's own words for a wrong call
@@ -242,9 +245,3 @@ def any_data(draw: Callable[..., Any]) -> Any:
 def fresh(value: Any) -> Any:
     """A copy of a wrong argument, as far as there can be one: an iterator is used up once."""
     return iter([3, 4]) if hasattr(value, "__next__") else copy.copy(value)
-
-
-def seeded(seed: int = 0) -> None:
-    """Put torch's generator at a seed; hypothesis takes care of the others."""
-    torch.manual_seed(seed)
-    hypothesis.note(f"torch.manual_seed({seed})")
