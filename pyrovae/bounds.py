@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pyro.poutine as poutine
 import torch
@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.distributions import Independent
 from torch.distributions.utils import _sum_rightmost
 
+from pyrovae.arguments import check_number, check_one_of, check_whole
 from pyrovae.conditionals.density import logsumexp
 from pyrovae.noise import forked
-from pyrovae.traces import check_latents, check_whole, sample_sites
+from pyrovae.traces import check_latents, sample_sites
 
 Gradient = Literal["plain", "dreg"]
 Program = Callable[..., Any]
@@ -90,6 +91,8 @@ class TracedELBO(ELBO):
 
     def __init__(self, num_particles: int = 1, max_plate_nesting: float = math.inf, vectorize_particles: bool = True):
         check_whole(num_particles=num_particles)
+        if not (isinstance(max_plate_nesting, float) and max_plate_nesting == math.inf):
+            check_whole(0, max_plate_nesting=max_plate_nesting)
         super().__init__(
             num_particles=num_particles, max_plate_nesting=max_plate_nesting, vectorize_particles=vectorize_particles
         )
@@ -207,8 +210,7 @@ class IWAE_ELBO(TracedELBO):
         vectorize_particles: bool = True,
     ):
         super().__init__(num_particles, max_plate_nesting, vectorize_particles)
-        if gradient not in ("plain", "dreg"):
-            raise ValueError(f"Expected gradient to be plain or dreg; got {gradient!r}")
+        check_one_of(get_args(Gradient), gradient=gradient)
         self.gradient = gradient
 
     def _minus_loss(self, traces: list[_Traces], again: Callable[[_Traces], _Traces]) -> Tensor:
@@ -288,8 +290,7 @@ class FreeBits_ELBO(TracedELBO):
         vectorize_particles: bool = True,
     ):
         super().__init__(num_particles, max_plate_nesting, vectorize_particles)
-        if not 0 <= nats < math.inf:
-            raise ValueError(f"Expected nats to be a number of at least 0; got {nats!r}")
+        check_number(nats=nats)
         check_whole(groups=groups)
         self.nats, self.groups = nats, groups
 
@@ -339,4 +340,6 @@ def bound(free_bits: float | tuple[float, int] | None) -> ELBO:
     """`Trace_ELBO`, or the one with free bits."""
     if free_bits is None:
         return Trace_ELBO()
+    if isinstance(free_bits, tuple) and len(free_bits) != 2:
+        raise ValueError(f"Expected free_bits to be nats, or (nats, groups); got {free_bits!r}")
     return FreeBits_ELBO(*free_bits) if isinstance(free_bits, tuple) else FreeBits_ELBO(free_bits)

@@ -10,6 +10,7 @@ import torch
 from pyro.infer import Trace_ELBO
 from torch import Tensor
 
+from pyrovae.arguments import check_whole
 from pyrovae.data import Batch, Data, num_rows
 from pyrovae.draws import Plan
 from pyrovae.noise import draw_seed
@@ -93,11 +94,11 @@ def compare(
         >>> [bound.name for bound in comparison.bounds]
         ['reference ELBO', 'Trace_ELBO', 'bound, K = 1', 'bound, K = 10', 'exact log p(x)']
     """
-    ks = sorted({num_particles} if isinstance(num_particles, int) else set(num_particles))
+    ks: list[Any] = list(num_particles) if isinstance(num_particles, list | tuple | set | range) else [num_particles]
     for k in ks or [0]:
         check_arguments(program, k)
-    if elbo_draws < 1:
-        raise ValueError(f"Expected elbo_draws to be at least 1; got {elbo_draws}")
+    ks = sorted(set(ks))
+    check_whole(elbo_draws=elbo_draws)
     columns: dict[str, list[_Column]] = {}
     difference: float | None = None
     seed = draw_seed() if seed is None else seed

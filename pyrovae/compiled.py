@@ -55,7 +55,7 @@ class Compiled:
     """
 
     def __init__(self, function: Callable[..., Any], watch: Sequence[Any] = (), compile: Compile = True):
-        if compile not in (True, "auto"):
+        if compile is not True and not (isinstance(compile, str) and compile == "auto"):
             raise ValueError(f"Expected compile to be True, False or 'auto'; got {compile!r}")
         self.function = function
         self.watch = (function, *watch)

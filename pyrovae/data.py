@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from pyrovae import sources
+from pyrovae.arguments import check_one_of, check_seed, check_whole
 from pyrovae.sequences import ended
 from pyrovae.streams import Blocks as Blocks
 from pyrovae.streams import OnDisk as OnDisk
@@ -28,8 +29,8 @@ def as_batch(batch: Any, name: str = "batch") -> Batch:
     Of sequences x `(N, T, D)` that come with their lengths `(N,)`, what lies beyond these becomes zero.
 
     Raises:
-        ValueError: for anything else, for tensors of unequal length, an empty batch, and lengths that are not from 1
-            to T.
+        ValueError: for anything else, for tensors of unequal length, an empty batch, lengths that are not from 1 to T,
+            and tensors that are sparse, complex, quantized or without values (meta).
     """
     if isinstance(batch, Data):
         return next(batch.batches(len(batch)))
@@ -39,6 +40,12 @@ def as_batch(batch: Any, name: str = "batch") -> Batch:
         batch = dict(zip("xy", batch, strict=False))
     if not isinstance(batch, Mapping) or not all(isinstance(value, Tensor) for value in batch.values()):
         raise ValueError(f"Expected {name} to be a tensor, a pair (x, y) or a dict of tensors; got {_kind(batch)}")
+    for key, value in batch.items():
+        if not isinstance(key, str):
+            raise ValueError(f"Expected the keys of {name} to be names of arguments; got {key!r}")
+        if value.layout != torch.strided or value.is_meta or value.is_complex() or value.is_quantized:
+            what = "meta" if value.is_meta else value.dtype if value.layout == torch.strided else value.layout
+            raise ValueError(f"Expected {name}[{key!r}] to be a dense tensor of real numbers; got {what}")
     lengths = {key: len(value) if value.dim() else None for key, value in batch.items()}
     if len(set(lengths.values())) != 1 or None in lengths.values():
         raise ValueError(f"Expected the tensors of {name} to have one common first dimension N; got {lengths}")
@@ -61,6 +68,11 @@ def _kind(batch: Any) -> str:
 def num_rows(batch: Batch) -> int:
     """N, the common first dimension of a batch."""
     return len(next(iter(batch.values())))
+
+
+def _detached(batch: Batch) -> Batch:
+    """Data as they are, but for gradients: what is trained, or run without them, are programs alone."""
+    return {key: value.detach() if value.requires_grad else value for key, value in batch.items()}
 
 
 def check_finite(batch: Batch, name: str) -> None:
@@ -101,9 +113,13 @@ class Data:
         check: bool = True,
     ):
         self.tensors = as_batch(tensors, "data")
+        self.tensors = _detached(self.tensors)
         self.dynamic, self.show = dynamic, show
-        if dynamic and "x" not in self.tensors:
-            raise ValueError(f"Expected x among the tensors of dynamic data; got {', '.join(self.tensors)}")
+        if show is not None and not callable(show):
+            raise ValueError(f"Expected show to be a function of a minibatch; got {type(show).__name__}")
+        if dynamic and not ("x" in self.tensors and self.tensors["x"].is_floating_point()):
+            found = ", ".join(f"{key} of {value.dtype}" for key, value in self.tensors.items())
+            raise ValueError(f"Expected x, of floats, among the tensors of dynamic data; got {found}")
         if check:
             check_finite(self.tensors, "data")
         if check and dynamic:
@@ -143,8 +159,7 @@ class Data:
             shuffle: source of a random order, and of dynamic binarization; None keeps the order
                 (and binarizes, where that is dynamic, from torch's global generator).
         """
-        if batch_size < 1:
-            raise ValueError(f"Expected batch_size to be at least 1; got {batch_size}")
+        check_whole(batch_size=batch_size)
         order = None
         if shuffle is not None:
             order = self._order(shuffle)
@@ -172,7 +187,12 @@ class Data:
         }
         if self.dynamic:
             batch["x"] = _bernoulli(batch["x"], shuffle)
-        return batch if self.show is None else self.show(batch)
+        if self.show is None:
+            return batch
+        shown = self.show(batch)
+        if not isinstance(shown, dict):
+            raise ValueError(f"Expected show to give a minibatch, a dict of tensors; got {type(shown).__name__}")
+        return shown
 
 
 def _bernoulli(probability: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -223,10 +243,10 @@ def split_labels(data: Any, per_class: int = 10, seed: int = 0) -> tuple[Data, D
     if "y" not in data.tensors or data["y"].is_floating_point() or data["y"].dim() != 1:
         found = f"y of {data['y'].dtype}, {tuple(data['y'].shape)}" if "y" in data.tensors else ", ".join(data.tensors)
         raise ValueError(f"Expected data with integer labels y (N,); got {found}")
-    if per_class < 1:
-        raise ValueError(f"Expected per_class to be at least 1; got {per_class}")
+    check_whole(per_class=per_class)
+    check_seed(seed)
     y = data["y"]
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed)).to(y.device)
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(int(seed))).to(y.device)
     chosen = []
     for label in y.unique():
         rows = order[y[order] == label][:per_class]
@@ -262,7 +282,7 @@ def stream(
         yield from data.to(device).batches(batch_size or len(data), shuffle=shuffle)
         return
     for loaded in data:
-        batch = as_batch(loaded, name)
+        batch = _detached(as_batch(loaded, name))
         check_finite(batch, name)
         yield {key: value.to(device) for key, value in batch.items()}
 
@@ -319,10 +339,10 @@ def load(name_or_path: str | Path, binarize: Binarize = "none", *, labels: bool 
         >>> len(digits.train), len(digits.val), len(digits.test), digits.shape
         (1437, 180, 180, (1, 8, 8))
     """
-    if binarize not in get_args(Binarize):
-        raise ValueError(f"Expected binarize to be one of {', '.join(get_args(Binarize))}; got {binarize!r}")
+    check_one_of(get_args(Binarize), binarize=binarize)
+    check_seed(seed)
     parts, shape = _read(str(name_or_path), labels)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(seed))
     data = [_binarized(part, binarize, generator, train=i == 0) for i, part in enumerate(parts)]
     return Splits(str(name_or_path), binarize, shape, *data)
 

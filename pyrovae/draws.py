@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pyrovae.arguments import check_whole
 from pyrovae.compiled import Compile, Compiled
 from pyrovae.data import Batch, as_data, count, num_rows, stream
 from pyrovae.noise import draw_seed, numbered
@@ -143,8 +144,8 @@ class Plan:
             ValueError: for sizes below 1, an empty DataLoader, or a program that does not fit its data.
         """
         for name, size in (("batch_size", batch_size), ("chunk_size", chunk_size)):
-            if size is not None and size < 1:
-                raise ValueError(f"Expected {name} to be at least 1; got {size}")
+            if size is not None:
+                check_whole(**{name: size})
         data, seed = as_data(data), draw_seed()
         batches = stream(data, device=device_of(program))
         first = next(batches, None)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 from tqdm import tqdm
 
+from pyrovae.arguments import check_number, check_one_of, check_seed
 from pyrovae.conditionals import Conditional, DiagonalNormal, FullNormal, OneHotCategorical
 from pyrovae.data import as_batch, check_finite
 from pyrovae.nets import MLP, Constant, _check_sizes
@@ -41,8 +42,7 @@ def gaussians(dim: int, num_clusters: int, covariance: Covariance) -> Conditiona
         ValueError: for a size below 1, or another covariance.
     """
     _check_sizes(dim=dim, num_clusters=num_clusters)
-    if covariance not in FAMILIES:
-        raise ValueError(f"Expected covariance to be one of {', '.join(FAMILIES)}; got {covariance!r}")
+    check_one_of(FAMILIES, covariance=covariance)
     family = FAMILIES[covariance]
     net = MLP(num_clusters, family.eta_dim(dim), (), out_bias=False)
     nn.init.zeros_(_matrix(net))
@@ -81,6 +81,7 @@ def start(p_c: Conditional, p_a: Conditional, a: Tensor, seed: int) -> None:
         a: `(N, D)`.
         seed: of k-means++.
     """
+    check_seed(seed, 0, 2**32 - 1)  # NumPy's range
     a = a.double()
     _fill(p_c, p_a, _maximized(type(p_a), a, _k_means(a, len(p_c.eta()), seed), FLOOR))
 
@@ -106,9 +107,7 @@ def em(
         ValueError: for a covariance that is not positive definite.
     """
     _check_sizes(iterations=iterations)
-    for name, value in (("tolerance", tolerance), ("floor", floor)):
-        if not value >= 0:
-            raise ValueError(f"Expected {name} to be a number of at least 0; got {value!r}")
+    check_number(tolerance=tolerance, floor=floor)
     with tqdm(total=iterations, desc="EM", unit=" iterations", mininterval=0.5, disable=not progress) as bar:
         parameters, history = _climb(p_a, _parameters(p_c, p_a), a.double(), iterations, tolerance, floor, bar)
     _fill(p_c, p_a, parameters)

@@ -13,6 +13,7 @@ import torch
 from pyro.infer import ELBO
 
 from pyrovae import checkpoint
+from pyrovae.arguments import check_number, check_one_of, check_seed
 from pyrovae.bounds import bound, check_bound
 from pyrovae.compiled import Compile
 from pyrovae.conditionals.conditional import PRECISIONS
@@ -26,6 +27,7 @@ from pyrovae.supervision import Labels
 from pyrovae.traces import check_arguments
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
+OPTIONAL = ("labeled_batch_size", "patience", "grad_clip")
 
 
 def fit(
@@ -145,12 +147,15 @@ def fit(
     check_arguments(program)
     rate = lr if callable(lr) else lambda epoch: lr
     check_bound(elbo, kl_weight, free_bits, labeled)
-    elbo, optimizer = elbo or bound(free_bits), optimizer or partial(torch.optim.Adam, fused=True)
+    elbo = bound(free_bits) if elbo is None else elbo
+    optimizer = partial(torch.optim.Adam, fused=True) if optimizer is None else optimizer
     _check_positive(epochs=epochs, batch_size=batch_size, labeled_batch_size=labeled_batch_size)
     _check_positive(devices=devices, num_nodes=num_nodes)
     _check_positive(lr=rate(1), patience=patience, grad_clip=grad_clip)
     _check_known(device=(device, DEVICES), precision=(precision, PRECISIONS), labels=(labels, get_args(Labels)))
     _check_objects(elbo, optimizer)
+    if seed is not None:
+        check_seed(seed)
     if patience is not None and val is None:
         raise ValueError("Expected val with patience: early stopping goes by the ELBO on validation data; got None")
     if resume and run_dir is None:
@@ -198,15 +203,16 @@ def fit(
 def _check_positive(**values: float | None) -> None:
     for name, value in values.items():
         whole = name not in ("lr", "local_lr", "grad_clip")
-        kind = int if whole else (int, float)
-        if value is not None and not (isinstance(value, kind) and value > 0 and math.isfinite(value)):
+        sound = isinstance(value, int) if whole else isinstance(value, int | float)
+        if value is None and name in OPTIONAL:
+            continue
+        if isinstance(value, bool) or value is None or not (sound and value > 0 and math.isfinite(value)):
             raise ValueError(f"Expected {name} to be a positive {'whole ' if whole else ''}number; got {value!r}")
 
 
 def _check_known(**options: tuple[Any, Iterable[str]]) -> None:
     for name, (value, known) in options.items():
-        if value not in known:
-            raise ValueError(f"Expected {name} to be one of {', '.join(known)}; got {value!r}")
+        check_one_of(known, **{name: value})
         if value == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"Expected {name} to be one that is here; got 'cuda', and torch finds none")
 
@@ -216,8 +222,8 @@ def _check_data(train: Any, labeled: Any, supervised_weight: float | None) -> No
         raise ValueError("Expected train, or labeled; got neither")
     if labeled is None and supervised_weight is not None:
         raise ValueError("Expected labeled, data with labels, with supervised_weight; got None")
-    if supervised_weight is not None and not 0 <= supervised_weight < math.inf:
-        raise ValueError(f"Expected supervised_weight to be a number of at least 0; got {supervised_weight!r}")
+    if supervised_weight is not None:
+        check_number(supervised_weight=supervised_weight)
     if labeled is not None and not isinstance(labeled, Data):
         raise ValueError("Expected labeled to be tensors or a Data, in memory; got a DataLoader")
     if labeled is not None and train is not None and count(train) is None:

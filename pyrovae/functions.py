@@ -7,6 +7,7 @@ import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from pyro.params.param_store import ParamStoreDict
 from torch import Tensor, nn
 
 from pyrovae.program import LatentModel
@@ -60,7 +61,7 @@ def as_program(
         label: name of the functions' label, where they have one.
 
     Raises:
-        ValueError: for a model or guide that cannot be called.
+        ValueError: for a model or guide that cannot be called, names that are none, params that are no dict of tensors.
 
     Example:
         >>> import pyro, torch
@@ -78,6 +79,13 @@ def as_program(
     for name, function in (("model", model), ("guide", guide)):
         if not callable(function):
             raise ValueError(f"Expected {name} to be a function; got {type(function).__name__}")
+    for name, value in (("plate", plate), ("label", label)):
+        if not isinstance(value, str):
+            raise ValueError(f"Expected {name} to be a name; got {value!r}")
+    if params is not None and not (
+        isinstance(params, ParamStoreDict | Mapping) and all(isinstance(value, Tensor) for _, value in params.items())
+    ):
+        raise ValueError(f"Expected params to be a dict of tensors; got {type(params).__name__}")
     return FunctionProgram(model, guide, plate, params, label)
 
 

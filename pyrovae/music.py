@@ -4,7 +4,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from pyrovae.arguments import check_whole, is_number
 from pyrovae.checkpoint import write_whole
+from pyrovae.data import as_batch, check_finite
 
 TICKS = 480  # of a quarter note
 
@@ -15,23 +17,28 @@ def write_midi(roll: Tensor, path: str | Path, *, tempo: float = 100.0, lowest: 
     Args:
         roll: `(T, K)`, keys that are struck (above 0.5) at each step.
         path: of the file.
-        tempo: quarter notes a minute.
+        tempo: quarter notes a minute, 4 to 1000; a file holds no longer ones.
         lowest: MIDI pitch of the first key; 21 for a piano's 88.
 
     Raises:
-        ValueError: for what is no piano roll, pitches outside 0 to 127, or a tempo that is not positive.
+        ValueError: for what is no piano roll, NaN or infinity in it, pitches outside 0 to 127, or such a tempo.
 
     Example:
         >>> import tempfile, torch
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     write_midi(torch.eye(88)[[39, 43, 46]], f"{folder}/arpeggio.mid")
     """
-    if roll.dim() != 2 or len(roll) < 1 or not 0 <= lowest <= 128 - roll.shape[1]:
+    if not isinstance(roll, Tensor) or roll.dim() != 2 or len(roll) < 1:
+        found = f"shape {tuple(roll.shape)}" if isinstance(roll, Tensor) else type(roll).__name__
+        raise ValueError(f"Expected roll (T, K) to be a tensor, T at least 1; got {found}")
+    check_finite(as_batch({"roll": roll}), "batch")
+    check_whole(0, lowest=lowest)
+    if lowest > 128 - roll.shape[1]:
         raise ValueError(
             f"Expected roll (T, K), its K pitches from lowest={lowest} within 0 to 127; got shape {tuple(roll.shape)}"
         )
-    if not 1 <= tempo <= 1000:
-        raise ValueError(f"Expected tempo from 1 to 1000 quarter notes a minute; got {tempo}")
+    if not is_number(tempo) or not 4 <= tempo <= 1000:
+        raise ValueError(f"Expected tempo from 4 to 1000 quarter notes a minute; got {tempo!r}")
     import mido
 
     track = mido.MidiTrack([mido.MetaMessage("set_tempo", tempo=mido.bpm2tempo(tempo))])

@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pyrovae.arguments import check_whole
 from pyrovae.compare import Comparison
 from pyrovae.data import as_batch
+from pyrovae.nets import _check_image_shape
 from pyrovae.program import LatentModel
 from pyrovae.quadrants import Quadrant, pixels_of
 from pyrovae.run import score
+from pyrovae.sequences import are_sequences
 
 if TYPE_CHECKING:
     from matplotlib.animation import FuncAnimation
@@ -58,6 +61,7 @@ def reconstructions(program: LatentModel, x: Any, shape: Sequence[int] | None = 
         shape: (channels, height, width) of an image; None draws each datum as a row of a matrix.
         n: how many.
     """
+    check_whole(n=n)
     batch = {key: value[:n] for key, value in as_batch(x, "x").items()}
     originals, means = next(iter(batch.values())), program.reconstruct(batch)
     if not _is_image(shape):
@@ -81,6 +85,7 @@ def analogies(program: LatentModel, x: Any, shape: Sequence[int] | None = None, 
         shape: (channels, height, width) of an image; None draws each datum as a row of a matrix.
         n: how many.
     """
+    check_whole(n=n)
     batch = {key: value[:n] for key, value in as_batch(x, "x").items()}
     means = program.analogies(batch)
     originals = batch["x"] if "x" in batch else next(iter(batch.values()))
@@ -113,6 +118,7 @@ def completions(
     Raises:
         ValueError: for data that are not cut so.
     """
+    check_whole(n=n, draws=draws)
     batch = {key: value[:n] for key, value in as_batch(data, "data").items()}
     inside = pixels_of(shape, which)
     sizes = {key: value.shape[-1] for key, value in batch.items()}
@@ -178,6 +184,9 @@ def latent_space(program: LatentModel, x: Any, y: Tensor | None = None, *, site:
         site: the latent, where the program has several.
     """
     means = program.encode(x, site).double().cpu()
+    if y is not None and (not isinstance(y, Tensor) or y.shape != means.shape[:1]):
+        found = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+        raise ValueError(f"Expected y to be labels ({len(means)},), one for each datum; got {found}")
     names = ("z[0]", "z[1]")
     if means.shape[1] == 1:
         means, names = torch.cat([means, torch.zeros_like(means)], 1), ("z[0]", "")
@@ -209,8 +218,11 @@ def sequences(values: dict[str, Tensor], lengths: Tensor, *, n: int = 4) -> Figu
     Raises:
         ValueError: for what are not sequences of these lengths.
     """
+    if not isinstance(values, dict) or not values:
+        raise ValueError(f"Expected values to be a dict of sequences (N, T, D); got {values!r}")
+    check_whole(n=n)
     for name, x in values.items():
-        if x.dim() != 3 or len(x) != len(lengths) or int(lengths.max()) > x.shape[1]:
+        if not are_sequences(as_batch({"x": x, "lengths": lengths}, name)) or x.shape[-1] < 1:
             raise ValueError(f"Expected {name} (N, T, D) of lengths (N,) up to T; got {tuple(x.shape)}, {len(lengths)}")
     from matplotlib import pyplot
 
@@ -241,6 +253,10 @@ def learning_curves(history: list[dict[str, float]]) -> Figure:
     Raises:
         ValueError: for an empty history.
     """
+    if not isinstance(history, list | tuple) or not all(isinstance(row, dict) and "elbo" in row for row in history):
+        raise ValueError(
+            f"Expected history to be what fit returns, a dict for each epoch; got {type(history).__name__}"
+        )
     if not history:
         raise ValueError("Expected a history of at least one epoch; got an empty one")
     epochs = [row["epoch"] for row in history]
@@ -297,12 +313,15 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]
 
 
 def _is_image(shape: Sequence[int] | None) -> bool:
+    if shape is not None and not isinstance(shape, list | tuple):
+        raise ValueError(f"Expected shape to be (channels, height, width), or None; got {shape!r}")
     return shape is not None and len(shape) == 3
 
 
 def _grid(x: Tensor, shape: Sequence[int] | None, columns: int) -> Tensor:
     """Images `(N, C * H * W)` side by side with grey lines between, `(height, width, C)`."""
     assert shape is not None
+    _check_image_shape(shape, "shape")
     channels, height, width = shape
     if x.shape[-1] != math.prod(shape):
         raise ValueError(f"Expected shape to hold {x.shape[-1]} values; got {tuple(shape)}")

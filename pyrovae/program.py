@@ -13,6 +13,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import OneHotCategorical
 
+from pyrovae.arguments import check_seed, check_whole, is_number
 from pyrovae.data import Batch, as_batch
 from pyrovae.labels import Fixed, Label, site_of, without
 from pyrovae.noise import forked
@@ -80,10 +81,10 @@ class LatentModel(nn.Module):
             What `model` returns, `(n, D)`; with `like`, the value of its data site.
 
         Raises:
-            ValueError: for n < 1, arguments of another length, or where the data site cannot be told.
+            ValueError: for n < 1, arguments of another length, that are no tensors or numbers or that the model cannot
+                run on, or where the data site cannot be told.
         """
-        if n < 1:
-            raise ValueError(f"Expected n to be at least 1; got {n}")
+        check_whole(n=n)
         required = [
             p.name
             for p in inspect.signature(self.model).parameters.values()
@@ -95,20 +96,11 @@ class LatentModel(nn.Module):
                 f"Expected like=a batch, or as conditions {given_as}, for the model needs {', '.join(required)}; "
                 "got none"
             )
-        for key, value in given.items():
-            if isinstance(value, Tensor) and value.dim() and len(value) != n:
-                raise ValueError(f"Expected {key} to have n={n} rows, one for each datum; got {tuple(value.shape)}")
-        device = device_of(self)
-        fixed = {
-            key: value.to(device) if isinstance(value, Tensor) else torch.full((n,), value, device=device)
-            for key, value in given.items()
-        }
-        with self.inference(), _Reader() as reader:
+        fixed = {key: _for_all(key, value, n).to(device_of(self)) for key, value in given.items()}
+        rows = {k: v[:1].expand(n, *v.shape[1:]) for k, v in self._on_device(like).items()} if required else {}
+        check_keys(rows | fixed, self.model)
+        with self.inference(), told(rows | fixed), _Reader() as reader:
             if required:
-                rows = {
-                    key: value[:1].expand(n, *value.shape[1:])
-                    for key, value in self._on_device(like, self.model).items()
-                }
                 poutine.uncondition(self.model)(**rows | fixed)
                 sites = [site for site in reader.sites.values() if site["infer"].get("was_observed")]
             else:
@@ -132,11 +124,12 @@ class LatentModel(nn.Module):
         Raises:
             ValueError: for an unknown site, or none named where there are several.
         """
-        with self.inference(), _Reader(means=not sample) as reader:
-            self.guide(**self._on_device(x, self.guide))
+        batch = self._on_device(x, self.guide)
+        with self.inference(), told(batch), _Reader(means=not sample) as reader:
+            self.guide(**batch)
         if site is None and len(reader.sites) == 1:
             site = next(iter(reader.sites))
-        if site not in reader.sites:
+        if not isinstance(site, str) or site not in reader.sites:
             raise ValueError(f"Expected site to be one of {', '.join(reader.sites)}; got {site!r}")
         return reader.sites[site]["value"]
 
@@ -147,10 +140,10 @@ class LatentModel(nn.Module):
             x: data `(N, D)`, a batch or a `Data`.
         """
         batch = self._on_device(x, self.model, self.guide)
-        with self.inference(), _Reader(means=True) as latents:
+        with self.inference(), told(batch), _Reader(means=True) as latents:
             self.guide(**batch)
         values = {name: site["value"] for name, site in latents.sites.items()}
-        with self.inference():
+        with self.inference(), told(batch):
             return self._mean_given(values, batch)
 
     def _mean_given(self, values: dict[str, Tensor], batch: Batch) -> Tensor:
@@ -171,7 +164,7 @@ class LatentModel(nn.Module):
         """
         batch = self._on_device(x, self.model, self.guide)
         hidden = without(self.label, batch)
-        with self.inference(), pyro.validation_enabled(False):
+        with self.inference(), told(batch), pyro.validation_enabled(False):
             site, label = self._label_site(hidden)
             own = label.values[label.log_prob(site["fn"]).argmax(1)]
             if self.label in batch:
@@ -191,8 +184,9 @@ class LatentModel(nn.Module):
         Raises:
             ValueError: for a program without a label.
         """
-        with self.inference(), pyro.validation_enabled(False):
-            site, label = self._label_site(self._on_device(without(self.label, as_batch(x, "x")), self.guide))
+        batch = self._on_device(without(self.label, as_batch(x, "x")), self.guide)
+        with self.inference(), told(batch), pyro.validation_enabled(False):
+            site, label = self._label_site(batch)
             return label.log_prob(site["fn"]).exp()
 
     def _label_site(self, batch: Batch) -> tuple[Any, Label]:
@@ -221,6 +215,7 @@ class LatentModel(nn.Module):
         """
         with ExitStack() as stack:
             if seed is not None:
+                check_seed(seed)
                 stack.enter_context(forked(seed))
             stack.enter_context(torch.no_grad())
             stack.enter_context(self.scope())
@@ -277,6 +272,31 @@ class LatentModel(nn.Module):
 def device_of(program: nn.Module) -> torch.device | None:
     """Where a program's parameters are; None for one that has none."""
     return next((p.device for p in program.parameters()), None)
+
+
+@contextmanager
+def told(batch: Batch, name: str = "data") -> Iterator[None]:
+    """Around a program's run on a batch: what torch or Pyro find amiss becomes a ValueError that tells of the batch."""
+    try:
+        yield
+    except (RuntimeError, IndexError, ValueError) as error:
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, torch.OutOfMemoryError) or (isinstance(error, ValueError) and said.startswith("Expected")):
+            raise
+        found = ", ".join(f"{key} {tuple(value.shape)} of {value.dtype}" for key, value in batch.items())
+        raise ValueError(f"Expected {name} that the program runs on; got {found}, where it fails: {said}") from error
+
+
+def _for_all(name: str, value: Any, n: int) -> Tensor:
+    """A condition of n data: given for each of them, or once."""
+    if not isinstance(value, Tensor) and not is_number(value):
+        raise ValueError(f"Expected {name} to be a tensor or a number; got {value!r}")
+    value = torch.as_tensor(value)
+    if value.dim() == 0:
+        return value.expand(n)
+    if len(value) != n:
+        raise ValueError(f"Expected {name} to have n={n} rows, one for each datum; got {tuple(value.shape)}")
+    return value
 
 
 def check_keys(batch: Batch, *functions: Callable[..., Any]) -> None:

@@ -6,7 +6,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from pyrovae.arguments import check_one_of
 from pyrovae.data import Batch, Data
+from pyrovae.nets import _check_image_shape
 
 Quadrant = Literal["top-left", "top-right", "bottom-left", "bottom-right"]
 
@@ -56,9 +58,9 @@ def pixels_of(shape: Sequence[int], which: Quadrant) -> Tensor:
     Raises:
         ValueError: for an unknown quadrant, or a shape that is no image's.
     """
-    if which not in get_args(Quadrant):
-        raise ValueError(f"Expected which to be one of {', '.join(get_args(Quadrant))}; got {which!r}")
-    if len(shape) != 3 or min(shape[1:]) < 2:
+    check_one_of(get_args(Quadrant), which=which)
+    _check_image_shape(shape, "shape")
+    if min(shape[1:]) < 2:
         raise ValueError(f"Expected shape to be (channels, height, width), both at least 2; got {tuple(shape)}")
     vertical, horizontal = which.split("-")
     _, height, width = shape

@@ -9,7 +9,7 @@ from pyro.infer import ELBO
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyrovae.traces import check_whole
+from pyrovae.arguments import check_number, check_whole, is_number
 
 Schedule = Callable[[int], float]
 
@@ -36,8 +36,7 @@ class Linear:
 
     def __post_init__(self) -> None:
         check_whole(steps=self.steps)
-        if not 0 <= self.start < math.inf:
-            raise ValueError(f"Expected start to be a number of at least 0; got {self.start!r}")
+        check_number(start=self.start)
 
     def __call__(self, step: int) -> float:
         """The weight of a step, counted from 0."""
@@ -66,7 +65,7 @@ class Cyclical:
 
     def __post_init__(self) -> None:
         check_whole(period=self.period)
-        if not 0 < self.rising < 1:
+        if not is_number(self.rising) or not 0 < self.rising < 1:
             raise ValueError(f"Expected rising to be a number between 0 and 1; got {self.rising!r}")
 
     def __call__(self, step: int) -> float:
@@ -77,7 +76,7 @@ class Cyclical:
 def check_kl_weight(kl_weight: float | Schedule, steps: int | None) -> None:
     """Raises ValueError for a weight that is no number of at least 0, or that `steps` steps end before it reaches 1."""
     if not callable(kl_weight):
-        if isinstance(kl_weight, bool) or not isinstance(kl_weight, int | float) or not 0 <= kl_weight < math.inf:
+        if not is_number(kl_weight) or not 0 <= kl_weight < math.inf:
             raise ValueError(
                 f"Expected kl_weight to be a number of at least 0, or a function of the step; got {kl_weight!r}"
             )
@@ -90,7 +89,7 @@ def check_kl_weight(kl_weight: float | Schedule, steps: int | None) -> None:
     largest = 0.0
     for step in range(steps):
         weight = kl_weight(step)
-        if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+        if not is_number(weight) or not 0 <= weight < math.inf:
             raise ValueError(f"Expected kl_weight to give numbers of at least 0; got {weight!r} in step {step}")
         largest = max(largest, weight)
     if largest < 1:

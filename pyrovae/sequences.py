@@ -21,20 +21,32 @@ def pad(sequences: Sequence[Tensor]) -> dict[str, Tensor]:
     """Sequences `(T_i, D)` as the batch `{"x": (N, T, D), "lengths": (N,)}`, T the longest, zeros behind each end.
 
     Raises:
-        ValueError: for no sequences, one of length 0, or steps of unequal size.
+        ValueError: for no sequences, one of length 0, or steps of unequal size, dtype or device.
 
     Example:
         >>> batch = pad([torch.ones(2, 3), torch.ones(5, 3)])
         >>> batch["x"].shape, batch["lengths"]
         (torch.Size([2, 5, 3]), tensor([2, 5]))
     """
+    if not isinstance(sequences, Sequence | Tensor) or (isinstance(sequences, Tensor) and sequences.dim() != 3):
+        raise ValueError(f"Expected sequences to be a list of tensors (T, D); got {type(sequences).__name__}")
     if not len(sequences):
         raise ValueError("Expected sequences to hold at least one; got none")
     for i, sequence in enumerate(sequences):
-        if sequence.dim() != 2 or len(sequence) < 1 or sequence.shape[1] != sequences[0].shape[-1]:
+        if not isinstance(sequence, Tensor) or sequence.layout != torch.strided or sequence.is_meta:
             raise ValueError(
-                f"Expected sequences of shape (T, {sequences[0].shape[-1]}), T at least 1; "
-                f"got {tuple(sequence.shape)} at index {i}"
+                f"Expected sequences to be dense tensors (T, D); got {type(sequence).__name__} at index {i}"
+            )
+        first = sequences[0]
+        if sequence.dim() != 2 or len(sequence) < 1 or sequence.shape[1] != first.shape[-1]:
+            size = first.shape[-1] if first.dim() else "D"
+            raise ValueError(
+                f"Expected sequences of shape (T, {size}), T at least 1; got {tuple(sequence.shape)} at index {i}"
+            )
+        if sequence.dtype != first.dtype or sequence.device != first.device:
+            raise ValueError(
+                f"Expected sequences of one dtype on one device; got {sequence.dtype} on {sequence.device} at index "
+                f"{i}, after {first.dtype} on {first.device}"
             )
     x = torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True)
     return {"x": x, "lengths": torch.tensor([len(sequence) for sequence in sequences], device=x.device)}

@@ -12,7 +12,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from pyrovae.data import Batch, as_batch, check_finite, num_rows
 from pyrovae.labels import Fixed, Label, Shared, without
 from pyrovae.noise import forked
-from pyrovae.program import LatentModel, check_keys
+from pyrovae.program import LatentModel, check_keys, device_of, told
 from pyrovae.sequences import are_sequences
 from pyrovae.traces import (
     Draw,
@@ -56,7 +56,7 @@ def log_weights(program: LatentModel, batch: Any, num_particles: int) -> Tensor:
         torch.Size([3, 5])
     """
     check_arguments(program, num_particles)
-    batch = as_batch(batch)
+    batch = {key: value.to(device_of(program)) for key, value in as_batch(batch).items()}
     check_finite(batch, "batch")
     survey = Survey.of(program, batch)
     with program.scope():
@@ -104,7 +104,7 @@ class Survey:
         check_keys(batch, program.model, program.guide)
         two, three = ({key: value[:n] for key, value in batch.items()} for n in (2, 3))
         n, steps = num_rows(two), batch["x"].shape[1] if are_sequences(batch) else 1
-        with forked(), program.inference():
+        with forked(), program.inference(), told(batch, name):
             with pyro.validation_enabled(False), _Widest() as widest:
                 traced(program, {key: value[:FIRST] for key, value in batch.items()})  # makes all parameters
                 widest.numel = 0

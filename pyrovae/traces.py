@@ -11,6 +11,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from pyrovae.arguments import check_whole
 from pyrovae.data import Batch
 from pyrovae.program import LatentModel
 
@@ -105,20 +106,12 @@ def _sum(log_probs: dict[str, Tensor]) -> Tensor:
 
 def check_arguments(program: Any, num_particles: int = 1) -> None:
     """Raises ValueError for what is not a `LatentModel`, or fewer particles than one."""
-    if isinstance(num_particles, bool) or not hasattr(num_particles, "__index__") or num_particles < 1:
-        raise ValueError(f"Expected num_particles to be a whole number of at least 1; got {num_particles!r}")
+    check_whole(num_particles=num_particles)
     if not isinstance(program, LatentModel):
         raise ValueError(
             f"Expected program to be a LatentModel; got {type(program).__name__}. "
             "Two functions become one by as_program(model, guide)"
         )
-
-
-def check_whole(**values: Any) -> None:
-    """Raises ValueError for what is not a whole number of at least 1."""
-    for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"Expected {name} to be a whole number of at least 1; got {value!r}")
 
 
 def is_fixed(support: Any) -> bool:

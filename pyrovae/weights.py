@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from pyrovae.arguments import check_whole
+
 
 class WeightSums:
     """Sums over the particles of log-weights `(K, N)` that come in chunks `(k, N)`; in float64, memory O(N sqrt K).
@@ -21,6 +23,7 @@ class WeightSums:
     """
 
     def __init__(self, num_particles: int):
+        check_whole(num_particles=num_particles)
         self.num_particles = num_particles
         self.seen = 0
         # the largest weights carry the tail, and one more is its lower end

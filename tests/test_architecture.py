@@ -15,7 +15,7 @@ from pyrovae.traces import replayed_guide
 
 PACKAGE = Path(pyrovae.__file__).parent
 FLOORS = [
-    ("sequences", "noise"),
+    ("sequences", "noise", "arguments"),
     ("nets", "reference", "weights", "sources", "watch", "inductor", "options", "clustering", "attention", "streams"),
     ("data",),
     ("conditionals", "labels", "quadrants", "processes"),

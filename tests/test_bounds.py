@@ -313,7 +313,7 @@ def test_free_bits_below_which_all_is_free_are_an_autoencoder():
     [
         (lambda: IWAE_ELBO(0), "num_particles to be a whole number of at least 1; got 0"),
         (lambda: IWAE_ELBO(2.5), "num_particles to be a whole number"),
-        (lambda: IWAE_ELBO(2, "DREG"), "gradient to be plain or dreg; got 'DREG'"),
+        (lambda: IWAE_ELBO(2, "DREG"), "gradient to be one of plain, dreg; got 'DREG'"),
         (lambda: STL_ELBO(-1), "num_particles to be a whole number"),
         (lambda: FreeBits_ELBO(-0.1), "nats to be a number of at least 0; got -0.1"),
         (lambda: FreeBits_ELBO(math.nan), "nats to be a number of at least 0"),

@@ -357,8 +357,8 @@ BAD = {
     "not data": (VAE.mlp(6, 2), "x", {}, r"Expected data to be a tensor, a pair \(x, y\) or a dict"),
     "no particles": (VAE.mlp(6, 2), X, {"num_particles": 0}, r"num_particles to be a whole number .* got 0"),
     "labels too": (VAE.mlp(6, 2), (X, X[:, 0]), {}, r"Expected a batch for model\(x: .*; got x, y: .*Data.select"),
-    "chunk": (VAE.mlp(6, 2), X, {"chunk_size": 0}, r"Expected chunk_size to be at least 1; got 0"),
-    "batch": (VAE.mlp(6, 2), X, {"batch_size": -1}, r"Expected batch_size to be at least 1; got -1"),
+    "chunk": (VAE.mlp(6, 2), X, {"chunk_size": 0}, r"Expected chunk_size to be a whole number of at least 1; got 0"),
+    "batch": (VAE.mlp(6, 2), X, {"batch_size": -1}, r"Expected batch_size to be a whole number of at least 1; got -1"),
     "not a program": (torch.nn.Linear(2, 2), X, {}, r"Expected program to be a LatentModel; got Linear"),
 }  # fmt: skip
 

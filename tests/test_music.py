@@ -49,7 +49,7 @@ def test_a_midi_file_sounds_as_its_roll(tmp_path):
         (torch.zeros(3), {}, r"Expected roll \(T, K\).*got shape \(3,\)"),
         (torch.zeros(0, 88), {}, r"got shape \(0, 88\)"),
         (torch.zeros(3, 88), {"lowest": 60}, "within 0 to 127"),
-        (torch.zeros(3, 88), {"tempo": 0}, "Expected tempo from 1 to 1000.*got 0"),
+        (torch.zeros(3, 88), {"tempo": 0}, "Expected tempo from 4 to 1000.*got 0"),
     ],
 )
 def test_what_is_no_roll_writes_nothing(roll, settings, message, tmp_path):

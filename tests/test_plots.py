@@ -153,7 +153,7 @@ def test_images_of_the_wrong_shape(shape):
 
 def test_errors_of_the_program_pass_through():
     program = constant_vae(torch.linspace(0.05, 0.9, 6))
-    with pytest.raises(ValueError, match="Expected n to be at least 1; got 0"):
+    with pytest.raises(ValueError, match="Expected n to be a whole number of at least 1; got 0"):
         plots.samples(program, 0, GREY)
     with pytest.raises(ValueError, match="Expected x to hold at least one datum"):
         plots.reconstructions(program, torch.rand(0, 6), GREY)

@@ -386,7 +386,7 @@ def test_modes_and_random_state_are_put_back():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda p, x: p.sample(0), "Expected n to be at least 1; got 0"),
+        (lambda p, x: p.sample(0), "Expected n to be a whole number of at least 1; got 0"),
         (lambda p, x: p.encode(x, site="w"), "Expected site to be one of z; got 'w'"),
         (lambda p, x: p.encode("x"), "Expected x to be a tensor"),
         (lambda p, x: p.encode((x, x)), r"Expected a batch for guide\(x: .*; got x, y"),

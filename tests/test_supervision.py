@@ -467,7 +467,7 @@ def test_split_labels_is_balanced_and_loses_nothing():
     [
         (torch.zeros(4, 2), 1, "integer labels y"),
         ((torch.zeros(4, 2), torch.eye(4)), 1, "integer labels y"),
-        ((torch.zeros(4, 2), torch.tensor([0, 0, 1, 1])), 0, "per_class to be at least 1; got 0"),
+        ((torch.zeros(4, 2), torch.tensor([0, 0, 1, 1])), 0, "per_class to be a whole number of at least 1; got 0"),
         ((torch.zeros(4, 2), torch.tensor([0, 0, 0, 1])), 2, "at least per_class=2 data of each class; got 1 of 1"),
         ((torch.zeros(4, 2), torch.tensor([0, 0, 1, 1])), 2, "all of them"),
     ],

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pyrovae.conditionals.conditional import Conditional, Distribution, network_autocast
 from pyrovae.conditionals.density import Density, LogScaleNormal
 from pyrovae.conditionals.priors import check_root, no_mean, no_mlp
-from pyrovae.nets import Activation, MaskedMLP, _activation, _check_sizes, _glorot
+from pyrovae.nets import Activation, MaskedMLP, _activation, _check_image_shape, _check_sizes, _glorot
 
 
 class AutoregressivePrior(Conditional):
@@ -110,9 +110,7 @@ class PixelCNN(Conditional):
         activation: Activation = "relu",
     ):
         super().__init__(net)
-        if len(image_shape) != 3:
-            raise ValueError(f"Expected image_shape to be (channels, height, width); got {tuple(image_shape)}")
-        _check_sizes(**{f"image_shape[{i}]": size for i, size in enumerate(image_shape)})
+        _check_image_shape(image_shape)
         _check_sizes(channels=channels, num_layers=num_layers, kernel_size=kernel_size)
         if kernel_size % 2 == 0:
             raise ValueError(f"Expected kernel_size to be odd; got {kernel_size}")
@@ -144,8 +142,10 @@ class PixelCNN(Conditional):
         Raises:
             ValueError: where dim is no square and no image_shape is given, or is not its product.
         """
+        _check_sizes(dim=dim)
         side = math.isqrt(dim)
         shape = family.setdefault("image_shape", (1, side, side))
+        _check_image_shape(shape)
         if math.prod(shape) != dim:
             raise ValueError(f"Expected image_shape=(channels, height, width) of {dim} values; got {tuple(shape)}")
         return super().mlp(parents_dim, dim, hidden, activation, **family)

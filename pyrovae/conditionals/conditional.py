@@ -1,5 +1,6 @@
 """The noun that carries the library: p(a | parents)."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,8 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor, nn
 
-from pyrovae.nets import MLP, Activation
+from pyrovae.arguments import check_one_of
+from pyrovae.nets import MLP, Activation, _check_sizes
 
 PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16}
 _NETWORK_DTYPE: ContextVar[torch.dtype | None] = ContextVar("_NETWORK_DTYPE", default=None)
@@ -26,8 +28,7 @@ def networks_in(precision: str) -> Iterator[None]:
     Raises:
         ValueError: for another precision.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"Expected precision to be one of {', '.join(PRECISIONS)}; got {precision!r}")
+    check_one_of(PRECISIONS, precision=precision)
     token = _NETWORK_DTYPE.set(PRECISIONS[precision])
     try:
         yield
@@ -62,11 +63,16 @@ class Conditional(nn.Module, ABC):
     Args:
         net: network from the parents, `(B, sum D_i)`, to eta, `(B, E)`; for a root it takes no argument.
 
+    Raises:
+        ValueError: when called, for parents that are no tensors `(*, D_i)`, or that do not broadcast.
+
     A new family fills in `eta_dim`, `eta_at` and `distribution`.
     """
 
     def __init__(self, net: nn.Module | None):
         super().__init__()
+        if net is not None and not isinstance(net, nn.Module):
+            raise ValueError(f"Expected net to be a network, an nn.Module; got {net!r}")
         self.net = net
 
     @classmethod
@@ -90,6 +96,7 @@ class Conditional(nn.Module, ABC):
             activation: after every hidden layer.
             family: what the family's constructor takes beside the network, as num_classes=10.
         """
+        _check_sizes(parents_dim=parents_dim, dim=dim)
         net = MLP(parents_dim, cls.eta_dim(dim, **family), hidden, activation)
         weight = net.layers[-1].get_parameter("weight")
         nn.init.zeros_(weight.data[cls.num_locations(dim, **family) :])
@@ -127,6 +134,8 @@ class Conditional(nn.Module, ABC):
         """
         if not isinstance(self.net, MLP):
             raise ValueError(f"Expected an MLP as network; got {type(self.net).__name__}")
+        if not isinstance(mean, Tensor) or mean.dim() != 1 or not mean.is_floating_point():
+            raise ValueError(f"Expected mean to be a floating-point tensor (dim,); got {mean!r}")
         last, eta = self.net.layers[-1], self.eta_at(mean)
         assert isinstance(last, nn.Linear)
         bias = last.bias
@@ -153,14 +162,42 @@ class Conditional(nn.Module, ABC):
 
     def eta(self, *parents: Tensor) -> Tensor:
         """The parameters `(*, E)` given the parents' values, each `(*, D_i)`."""
-        assert self.net is not None, "a family without a network has no eta"
+        if self.net is None:
+            raise ValueError(f"Expected {type(self).__name__} with a network, for it is called; got none")
         if not parents:
             return self.net()
-        batch_shape = torch.broadcast_shapes(*(parent.shape[:-1] for parent in parents))
+        batch_shape = _batch_shape(parents)
         with network_autocast(parents[0].device):
             if isinstance(self.net, MLP) and any(parent.shape[:-1] != batch_shape for parent in parents):
                 eta = self.net.joined(*parents)
             else:
                 joined = torch.cat([parent.expand(*batch_shape, parent.shape[-1]) for parent in parents], -1)
-                eta = self.net(joined.reshape(-1, joined.shape[-1]))
-        return eta.reshape(*batch_shape, -1).to(parents[0].dtype)
+                rows = self.net(joined.reshape(math.prod(batch_shape), joined.shape[-1]))
+                eta = rows.reshape(*batch_shape, math.prod(rows.shape[1:]))
+        return eta.to(parents[0].dtype)
+
+
+def check_conditionals(**conditionals: Any) -> None:
+    """Raises ValueError for what is not a `Conditional`."""
+    for name, conditional in conditionals.items():
+        if not isinstance(conditional, Conditional):
+            raise ValueError(f"Expected {name} to be a Conditional, as Bernoulli.mlp(20, 784); got {conditional!r}")
+
+
+def check_families(**families: Any) -> None:
+    """Raises ValueError for what is not a class of Conditionals."""
+    for name, family in families.items():
+        if not (isinstance(family, type) and issubclass(family, Conditional)):
+            raise ValueError(f"Expected {name} to be a class of Conditionals, as Bernoulli; got {family!r}")
+
+
+def _batch_shape(parents: tuple[Tensor, ...]) -> torch.Size:
+    """The leading dimensions of the parents `(*, D_i)`, broadcast against each other."""
+    if not all(isinstance(parent, Tensor) and parent.dim() for parent in parents):
+        found = ", ".join("()" if isinstance(parent, Tensor) else type(parent).__name__ for parent in parents)
+        raise ValueError(f"Expected parents to be tensors of shape (*, D); got {found}")
+    try:
+        return torch.broadcast_shapes(*(parent.shape[:-1] for parent in parents))
+    except RuntimeError:
+        shapes = ", ".join(str(tuple(parent.shape)) for parent in parents)
+        raise ValueError(f"Expected parents whose dimensions but the last broadcast; got shapes {shapes}") from None

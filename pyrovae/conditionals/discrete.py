@@ -6,6 +6,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from pyrovae.arguments import check_whole
 from pyrovae.conditionals.conditional import Conditional, Distribution
 from pyrovae.nets import Constant, _check_sizes
 
@@ -89,6 +90,7 @@ class Categorical(Conditional):
     @staticmethod
     def eta_dim(dim: int, num_classes: int = 256) -> int:
         """A logit for each class of each value."""
+        _check_sizes(num_classes=num_classes)
         return num_classes * dim
 
     @staticmethod
@@ -150,13 +152,16 @@ def one_hot(y: Tensor, num_classes: int) -> Tensor:
     """Integer labels `(*)` as vectors `(*, num_classes)` of zeros and a one; all zeros for what is no class.
 
     Raises:
-        ValueError: for labels that are not integers, as those that are one-hot already.
+        ValueError: for labels that are not integers, as those that are one-hot already, or num_classes below 1.
 
     Example:
         >>> one_hot(torch.tensor([2, 0]), 3)
         tensor([[0., 0., 1.],
                 [1., 0., 0.]])
     """
+    if not isinstance(y, Tensor):
+        raise ValueError(f"Expected labels that are a tensor of integers (N,); got {type(y).__name__}")
+    check_whole(num_classes=num_classes)
     if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
         hint = ". Of one-hot vectors: y.argmax(-1)" if y.dim() > 1 else ""
         raise ValueError(f"Expected labels that are integers (N,); got {y.dtype} of shape {tuple(y.shape)}{hint}")

@@ -70,8 +70,8 @@ class EnergyPrior(Conditional):
         Raises:
             ValueError: for another parents_dim.
         """
-        if parents_dim != 0:
-            raise ValueError(f"Expected parents_dim to be 0, for EnergyPrior has no parents; got {parents_dim}")
+        if not isinstance(parents_dim, int) or parents_dim != 0:
+            raise ValueError(f"Expected parents_dim to be 0, for EnergyPrior has no parents; got {parents_dim!r}")
         return cls(MLP(dim, 1, hidden, activation, out_bias=False), dim, **family)
 
     @staticmethod

@@ -50,8 +50,8 @@ class Flow(Conditional):
     def __init__(self, net: nn.Module | None, dim: int, steps: int, context_dim: int):
         super().__init__(net)
         _check_sizes(dim=dim, steps=steps)
-        if context_dim < 0:
-            raise ValueError(f"Expected context_dim to be 0 or more; got {context_dim}")
+        if not isinstance(context_dim, int) or context_dim < 0:
+            raise ValueError(f"Expected context_dim to be 0 or more; got {context_dim!r}")
         self.dim, self.steps, self.context_dim = dim, steps, context_dim
 
     @classmethod
@@ -72,6 +72,7 @@ class Flow(Conditional):
             activation: after every hidden layer of the perceptron.
             options: arguments of the class, as steps.
         """
+        _check_sizes(parents_dim=parents_dim, dim=dim)
         options = cls.of_parents | options
         net = MLP(parents_dim, 2 * dim + cls(None, dim, **options).context_dim, hidden, activation)
         nn.init.zeros_(net.layers[-1].get_parameter("weight").data[dim:])
@@ -297,7 +298,7 @@ class NeuralSplineFlow(_WithNets):
         step_hidden: Sequence[int] | None = None,
         step_activation: Activation = "tanh",
     ):
-        if not 2 <= bins < 1 / SPLINE_LEAST:
+        if not isinstance(bins, int) or not 2 <= bins < 1 / SPLINE_LEAST:
             raise ValueError(f"Expected bins to be 2 or more, and below {1 / SPLINE_LEAST:.0f}; got {bins}")
         self.bins = bins
         super().__init__(net, dim, steps, context_dim, step_hidden, step_activation)

@@ -92,6 +92,7 @@ class DiscretizedLogisticMixture(Conditional):
     @staticmethod
     def eta_dim(dim: int, num_components: int = 5) -> int:
         """A mean, a log scale and a log weight of each component, for each value."""
+        _check_sizes(num_components=num_components)
         return 3 * num_components * dim
 
     @staticmethod

@@ -7,8 +7,10 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from pyrovae.arguments import is_number
 from pyrovae.conditionals.conditional import Conditional, Distribution
 from pyrovae.conditionals.density import LogScaleNormal
+from pyrovae.nets import _check_sizes
 
 
 class StandardNormal(Conditional):
@@ -29,8 +31,7 @@ class StandardNormal(Conditional):
 
     def __init__(self, dim: int):
         super().__init__(net=None)
-        if not isinstance(dim, int) or dim < 1:
-            raise ValueError(f"Expected dim to be a positive whole number; got {dim}")
+        _check_sizes(dim=dim)
         self.dim = dim
         # knows device and dtype, is no part of the weights
         self.register_buffer("zero", torch.zeros(()), persistent=False)
@@ -118,8 +119,8 @@ class FloorNormal(Conditional):
 
     def __init__(self, net: nn.Module | None, floor: float = 0.01):
         super().__init__(net)
-        if not (isinstance(floor, int | float) and 0 < floor < math.inf):
-            raise ValueError(f"Expected floor to be positive and finite; got {floor}")
+        if not is_number(floor) or not 0 < floor < math.inf:
+            raise ValueError(f"Expected floor to be positive and finite; got {floor!r}")
         self.floor = floor
 
     @staticmethod

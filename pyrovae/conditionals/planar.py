@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyrovae.conditionals.flows import Flow
+from pyrovae.nets import _check_sizes
 
 
 class PlanarFlow(Flow):
@@ -43,6 +44,7 @@ class PlanarFlow(Flow):
     of_parents = {"amortized": True}  # noqa: RUF012
 
     def __init__(self, net: nn.Module | None, dim: int, steps: int = 10, amortized: bool = False):
+        _check_sizes(dim=dim, steps=steps)
         super().__init__(net, dim, steps, steps * (2 * dim + 1) if amortized else 0)
         self.amortized = amortized
         self.own = nn.Parameter(torch.empty(steps, 2 * dim + 1).uniform_(-1, 1) / dim**0.5)
@@ -93,6 +95,7 @@ class HouseholderFlow(Flow):
     of_parents = {"amortized": True}  # noqa: RUF012
 
     def __init__(self, net: nn.Module | None, dim: int, steps: int = 4, amortized: bool = False):
+        _check_sizes(dim=dim, steps=steps)
         super().__init__(net, dim, steps, steps * dim if amortized else 0)
         self.amortized = amortized
         self.own = nn.Parameter(torch.randn(steps, dim))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrovae import reference
-from pyrovae.conditionals.conditional import Conditional, Distribution
+from pyrovae.conditionals.conditional import Conditional, Distribution, check_conditionals
 from pyrovae.conditionals.density import LogScaleNormal, Mixture
 from pyrovae.nets import Constant, _check_sizes
 
@@ -122,6 +122,7 @@ class VampPrior(Conditional):
     def __init__(self, posterior: Conditional, x_dim: int, num_components: int = 500, unit_interval: bool = True):
         super().__init__(net=None)
         _check_sizes(x_dim=x_dim, num_components=num_components)
+        check_conditionals(posterior=posterior)
         expected = _input_size(posterior)
         if expected is not None and expected != x_dim:
             raise ValueError(f"Expected x_dim to be the size of the posterior's input, {expected}; got {x_dim}")

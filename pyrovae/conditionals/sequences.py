@@ -8,9 +8,9 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 
 from pyrovae import reference
-from pyrovae.conditionals.conditional import Conditional, Distribution
+from pyrovae.conditionals.conditional import Conditional, Distribution, check_conditionals
 from pyrovae.conditionals.density import Density
-from pyrovae.nets import BackwardRNN
+from pyrovae.nets import BackwardRNN, _check_sizes
 from pyrovae.sequences import step_mask
 
 
@@ -181,14 +181,15 @@ def num_steps_of(x: Tensor | None, lengths: Tensor, x_dim: int | None = None) ->
     Raises:
         ValueError: for what are not sequences and their lengths.
     """
-    if lengths.is_floating_point() or lengths.dtype == torch.bool:
-        raise ValueError(f"Expected lengths to be whole numbers; got {lengths.dtype}")
+    if not isinstance(lengths, Tensor) or lengths.is_floating_point() or lengths.dtype == torch.bool:
+        found = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
+        raise ValueError(f"Expected lengths to be whole numbers; got {found}")
     if x is not None:
-        if x.dim() < 2 or x.shape[:-2] != lengths.shape:
-            raise ValueError(
-                "Expected x to be sequences (N, T, X) and lengths (N,); "
-                f"got shapes {tuple(x.shape)} and {tuple(lengths.shape)}"
-            )
+        if not isinstance(x, Tensor) or x.dim() < 2 or x.shape[:-2] != lengths.shape:
+            found = f"shapes {tuple(x.shape)} and {tuple(lengths.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"Expected x to be sequences (N, T, X) and lengths (N,); got {found}")
+        if not x.is_floating_point():
+            raise ValueError(f"Expected x to be sequences of floating-point values; got {x.dtype}")
         if x_dim not in (None, x.shape[-1]):
             raise ValueError(f"Expected steps of x to have {x_dim} values; got {x.shape[-1]}")
         return x.shape[-2]
@@ -221,6 +222,10 @@ class RecurrentPosterior(nn.Module):
 
     def __init__(self, rnn: BackwardRNN, step: Conditional, z_dim: int):
         super().__init__()
+        if not isinstance(rnn, nn.Module):
+            raise ValueError(f"Expected rnn to be a network, as BackwardRNN; got {rnn!r}")
+        check_conditionals(step=step)
+        _check_sizes(z_dim=z_dim)
         self.rnn, self.step, self.z_dim = rnn, step, z_dim
         self.z_0 = nn.Parameter(torch.zeros(z_dim))
 
@@ -248,3 +253,9 @@ class RecurrentPosterior(nn.Module):
             "z_0": self.z_0,
             "posterior": transform,
         }
+
+
+def check_recurrent(posterior: Any, optional: bool = True) -> None:
+    """Raises ValueError for what is no `RecurrentPosterior`, or None where that is no choice."""
+    if not (isinstance(posterior, RecurrentPosterior) or (optional and posterior is None)):
+        raise ValueError(f"Expected posterior to be a RecurrentPosterior; got {posterior!r}")

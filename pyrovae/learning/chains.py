@@ -10,11 +10,12 @@ from pyro.infer.mcmc import NUTS
 from torch import Tensor
 from tqdm import tqdm
 
+from pyrovae.arguments import check_whole
 from pyrovae.data import Batch, Data
 from pyrovae.labels import without
 from pyrovae.learning.local import Latent, LocalGuide, log_joint, prepared, running
 from pyrovae.program import LatentModel
-from pyrovae.traces import check_whole, sample_sites
+from pyrovae.traces import sample_sites
 
 STEP_SIZE = 0.1  # from which the first adaptation begins
 ACCEPTED, GAIN = 0.8, 0.5  # Pyro's target of the acceptance probability; step in log step size towards it

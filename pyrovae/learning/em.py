@@ -11,6 +11,7 @@ from pyro.infer import ELBO, Trace_ELBO
 from torch import Tensor
 from tqdm import tqdm
 
+from pyrovae.arguments import check_whole
 from pyrovae.data import Batch, Data
 from pyrovae.evaluate import evaluate
 from pyrovae.fit import _check_objects, _check_positive
@@ -23,7 +24,6 @@ from pyrovae.measure import SEED
 from pyrovae.noise import draw_seed, forked
 from pyrovae.program import LatentModel
 from pyrovae.run import History
-from pyrovae.traces import check_whole
 
 Rate = float | Callable[[int], float]
 STARTS = 100  # draws from p(z), at the likeliest of which `fit_guide` begins
@@ -131,7 +131,7 @@ def variational_em(
         )
     rate = local_lr if callable(local_lr) else lambda epoch: local_lr
     _check_settings(elbo, epochs, batch_size, lr, steps=steps, local_lr=rate(1))
-    bound: Any = elbo or Trace_ELBO()
+    bound: Any = Trace_ELBO() if elbo is None else elbo
     with running(program, seed), ExitStack() as stack:
         parts = {"": (program, prepared(program, train, "train"))}
         if val is not None:
@@ -222,6 +222,8 @@ def fit_guide(
         >>> evaluate(local, indexed(x), num_particles=5, progress=False).log_px.shape
         torch.Size([3])
     """
+    if callable(lr):
+        raise ValueError("Expected lr to be a number, for it falls of itself; got a function")
     _check_settings(elbo, 1, batch_size, lr, steps=steps)
     local = LocalGuide.of(program.program if isinstance(program, LocalGuide) else program, data)
     with running(local, seed), local.sparse() as tables:
@@ -230,7 +232,14 @@ def fit_guide(
         for batch in tqdm(list(data.batches(batch_size)), desc="E-step", disable=not progress):
             local.start(batch, STARTS)
             for step in range(steps):
-                _e_step(local, batch, elbo or Trace_ELBO(), optimizer, 1, lr * FINAL ** (step / max(1, steps - 1)))
+                _e_step(
+                    local,
+                    batch,
+                    Trace_ELBO() if elbo is None else elbo,
+                    optimizer,
+                    1,
+                    lr * FINAL ** (step / max(1, steps - 1)),
+                )
     return local
 
 

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.distributions import biject_to
 from torch.distributions.transforms import identity_transform
 
+from pyrovae.arguments import check_seed, check_whole
 from pyrovae.conditionals.density import LogScaleNormal
 from pyrovae.data import Batch, Data, as_data, num_rows
 from pyrovae.labels import without
 from pyrovae.noise import forked
-from pyrovae.program import LatentModel, check_keys, device_of
+from pyrovae.program import LatentModel, check_keys, device_of, told
 from pyrovae.survey import Survey
-from pyrovae.traces import check_arguments, check_whole, sample_sites, site_log_prob
+from pyrovae.traces import check_arguments, sample_sites, site_log_prob
 
 FIRST = 1000  # data, at most, on which a model runs to tell its latents
 INITIAL_SIGMA = 0.1  # of q(u), as Pyro's AutoNormal begins
@@ -69,7 +70,7 @@ def latents_of(program: LatentModel, batch: Batch) -> list[Latent]:
             the data, or whose support is not the same for all data and values of other latents.
     """
     check_keys(batch, program.model)
-    with forked(), program.inference(), pyro.validation_enabled(False):
+    with forked(), program.inference(), told(batch), pyro.validation_enabled(False):
         one, many = (_latent_sites(program, {k: v[:n] for k, v in batch.items()}) for n in (1, FIRST))
     if not one:
         raise ValueError(f"Expected a program with latents; got {type(program).__name__}, whose model has none")
@@ -89,7 +90,12 @@ def _latent(program: LatentModel, one: Any, many: Any) -> Latent:
     data = next((frame for frame in frames if frame.name == program.plate_name), None)
     if data is None:
         raise ValueError(f"Expected site {name!r} inside the plate {program.plate_name!r} over the data; it is outside")
-    transform: Any = biject_to(fn.support)
+    try:
+        transform: Any = biject_to(fn.support)
+    except NotImplementedError:
+        raise ValueError(
+            f"Expected latents whose support numbers without bounds map to; got site {name!r}, {type(fn).__name__}"
+        ) from None
     u = transform.inv(z)
     again = transform.inv(many["value"])
     if not torch.allclose(again, biject_to(many["fn"].support).inv(many["value"]), equal_nan=True):
@@ -130,6 +136,9 @@ def indexed(data: Any) -> Data:
     if not isinstance(data, Data):
         raise ValueError(f"Expected data in memory, as tensors or a Data; got a {type(data).__name__}")
     if "index" in data.tensors:
+        index = data["index"]
+        if index.dim() != 1 or index.is_floating_point() or index.dtype == torch.bool:
+            raise ValueError(f"Expected index to be whole numbers (N,); got {index.dtype} {tuple(index.shape)}")
         return data
     first = next(iter(data.tensors.values()))
     index = torch.arange(len(data), device=first.device)
@@ -246,6 +255,7 @@ def running(program: LatentModel, seed: int | None) -> Iterator[None]:
     """Run in the program's scope, without Pyro's validation; its modes and, with a seed, torch's state are restored."""
     with ExitStack() as stack:
         if seed is not None:
+            check_seed(seed)
             stack.enter_context(forked(seed))
         for context in (pyro.validation_enabled(False), program.scope(), program.modes_kept()):
             stack.enter_context(context)
@@ -261,6 +271,8 @@ def prepared(local: LocalGuide, data: Any, name: str) -> Data:
     data = indexed(data).to(device_of(local.program))
     if len(data) != local.num_data:
         raise ValueError(f"Expected {name} to be the {local.num_data} data that the guide is for; got {len(data)}")
+    if not bool(((data["index"] >= 0) & (data["index"] < local.num_data)).all()):
+        raise ValueError(f"Expected index in {name} from 0 to {local.num_data - 1}; got others")
     with forked():
         survey = Survey.of(local, next(data.batches(FIRST)), name)
     if data.fixed:

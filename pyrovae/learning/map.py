@@ -122,7 +122,7 @@ def fit_map(
     if settings.get("labeled") is not None:
         raise ValueError("Expected train and val alone with a prior; got labeled")
     check_bound(elbo, settings.get("kl_weight", 1.0), settings.get("free_bits"), None)
-    inner: Any = elbo or bound(settings.pop("free_bits", None))
+    inner: Any = bound(settings.pop("free_bits", None)) if elbo is None else elbo
     _check_objects(inner, torch.optim.Adam)
     train = as_data(train, "train")
     num_data = count(train)

@@ -8,6 +8,7 @@ import pyro.poutine as poutine
 import torch
 from torch import Tensor
 
+from pyrovae.arguments import check_one_of
 from pyrovae.bounds import Program, TracedELBO, _Traces
 from pyrovae.traces import Cut, check_latents, sample_sites
 
@@ -64,8 +65,7 @@ class WakeSleep_ELBO(TracedELBO):
         vectorize_particles: bool = True,
     ):
         super().__init__(num_particles, max_plate_nesting, vectorize_particles)
-        if phi not in get_args(Phase):
-            raise ValueError(f"Expected phi to be one of {', '.join(get_args(Phase))}; got {phi!r}")
+        check_one_of(get_args(Phase), phi=phi)
         if phi != "sleep" and num_particles < 2:
             raise ValueError(f"Expected num_particles to be at least 2 with phi={phi!r}; got {num_particles}")
         self.phi = phi

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from pyrovae import reference
 from pyrovae.conditionals import Bernoulli, Conditional, DiagonalNormal, StandardNormal
-from pyrovae.nets import Activation
+from pyrovae.conditionals.conditional import check_conditionals, check_families
+from pyrovae.nets import Activation, _check_hidden, _check_sizes
 from pyrovae.program import LatentModel, data_plate
 
 
@@ -45,6 +46,8 @@ class AuxiliaryVAE(LatentModel):
         auxiliary: Conditional,
     ):
         super().__init__()
+        check_conditionals(prior=prior, likelihood=likelihood, posterior=posterior)
+        check_conditionals(auxiliary_posterior=auxiliary_posterior, auxiliary=auxiliary)
         self.prior, self.likelihood, self.posterior = prior, likelihood, posterior
         self.auxiliary_posterior, self.auxiliary = auxiliary_posterior, auxiliary
 
@@ -71,7 +74,10 @@ class AuxiliaryVAE(LatentModel):
             posterior: family of q(z | a, x), q(a | x) and p(a | x, z).
             activation: after every hidden layer.
         """
+        check_families(likelihood=likelihood, posterior=posterior)
+        _check_hidden(hidden)
         a_dim = z_dim if a_dim is None else a_dim
+        _check_sizes(x_dim=x_dim, z_dim=z_dim, a_dim=a_dim)
         return cls(
             StandardNormal(z_dim),
             likelihood.mlp(z_dim, x_dim, hidden[::-1], activation),

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from pyrovae import reference
 from pyrovae.conditionals import Bernoulli, Conditional, DiagonalNormal
-from pyrovae.nets import Activation, _check_sizes
+from pyrovae.conditionals.conditional import check_conditionals, check_families
+from pyrovae.nets import Activation, _check_hidden, _check_sizes
 from pyrovae.program import LatentModel, data_plate
 
 
@@ -40,6 +41,7 @@ class ConditionalVAE(LatentModel):
     def __init__(self, prior: Conditional, likelihood: Conditional, posterior: Conditional, c_dim: int):
         super().__init__()
         _check_sizes(c_dim=c_dim)
+        check_conditionals(prior=prior, likelihood=likelihood, posterior=posterior)
         self.prior, self.likelihood, self.posterior, self.c_dim = prior, likelihood, posterior, c_dim
 
     @classmethod
@@ -65,7 +67,9 @@ class ConditionalVAE(LatentModel):
             posterior: family of q(z | x, c).
             activation: after every hidden layer.
         """
-        _check_sizes(c_dim=c_dim)
+        check_families(likelihood=likelihood, posterior=posterior)
+        _check_sizes(x_dim=x_dim, c_dim=c_dim, z_dim=z_dim)
+        _check_hidden(hidden)
         return cls(
             DiagonalNormal.mlp(c_dim, z_dim, hidden, activation),
             likelihood.mlp(z_dim + c_dim, x_dim, hidden[::-1], activation),

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from pyrovae import attention, reference
 from pyrovae.conditionals import Bernoulli, DiagonalNormal, StandardNormal
 from pyrovae.conditionals.conditional import network_autocast
-from pyrovae.nets import _check_sizes
-from pyrovae.program import LatentModel, data_plate
+from pyrovae.nets import _check_image_shape, _check_sizes
+from pyrovae.program import LatentModel, data_plate, told
 from pyrovae.traces import sample_sites
 
 State = tuple[Tensor, Tensor]  # of an LSTM: its output h and its cell, each `(*, hidden)`
@@ -81,9 +81,7 @@ class DRAW(LatentModel):
         write_size: int = 5,
     ):
         super().__init__()
-        if len(image_shape) != 3:
-            raise ValueError(f"Expected image_shape to be (channels, height, width); got {tuple(image_shape)}")
-        _check_sizes(**{f"image_shape[{i}]": size for i, size in enumerate(image_shape)})
+        _check_image_shape(image_shape)
         _check_sizes(z_dim=z_dim, num_glimpses=num_glimpses, hidden=hidden)
         _check_sizes(read_size=read_size, write_size=write_size)
         self.image_shape, self.z_dim, self.num_glimpses = tuple(image_shape), z_dim, num_glimpses
@@ -116,8 +114,9 @@ class DRAW(LatentModel):
         Raises:
             ValueError: for a mean of another size.
         """
-        if mean.shape != self.canvas.shape:
-            raise ValueError(f"Expected mean of shape {tuple(self.canvas.shape)}; got {tuple(mean.shape)}")
+        if not isinstance(mean, Tensor) or mean.shape != self.canvas.shape:
+            found = tuple(mean.shape) if isinstance(mean, Tensor) else repr(mean)
+            raise ValueError(f"Expected mean of shape {tuple(self.canvas.shape)}; got {found}")
         self.canvas.copy_(self.likelihood.eta_at(mean))
         return self
 
@@ -185,8 +184,9 @@ class DRAW(LatentModel):
 
     def canvases_of(self, x: Tensor) -> Drawing:
         """Images x `(n, D)` as they are drawn anew, z_t ~ q(z_t | z_1, ..., z_{t-1}, x)."""
-        with self.inference():
-            return self._drawing(poutine.trace(self.guide).get_trace(x.to(self.canvas.device)), reads=True)
+        batch = self._on_device(x, self.guide)
+        with self.inference(), told(batch):
+            return self._drawing(poutine.trace(self.guide).get_trace(**batch), reads=True)
 
     def _drawing(self, trace: poutine.Trace, reads: bool = False) -> Drawing:
         """The canvases and windows of a trace of model or guide."""

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from pyrovae import reference
 from pyrovae.conditionals import Bernoulli, Conditional
-from pyrovae.conditionals.conditional import Distribution
-from pyrovae.conditionals.sequences import MarkovChain, RecurrentPosterior, Steps, num_steps_of
+from pyrovae.conditionals.conditional import Distribution, check_conditionals, check_families
+from pyrovae.conditionals.sequences import MarkovChain, RecurrentPosterior, Steps, check_recurrent, num_steps_of
 from pyrovae.nets import _check_sizes
 from pyrovae.program import LatentModel, data_plate
 from pyrovae.sequences import step_mask
@@ -47,6 +47,8 @@ class HiddenMarkovModel(LatentModel):
     def __init__(self, num_states: int, likelihood: Conditional, posterior: RecurrentPosterior | None = None):
         super().__init__()
         _check_sizes(num_states=num_states)
+        check_conditionals(likelihood=likelihood)
+        check_recurrent(posterior)
         self.num_states, self.likelihood, self.posterior = num_states, likelihood, posterior
         self.initial_logits = nn.Parameter(torch.zeros(num_states))
         self.transition_logits = nn.Parameter(torch.eye(num_states))  # states begin with a little inertia
@@ -61,6 +63,7 @@ class HiddenMarkovModel(LatentModel):
             num_states: number of states.
             likelihood: family of p(x_t | z_t).
         """
+        check_families(likelihood=likelihood)
         _check_sizes(x_dim=x_dim, num_states=num_states)
         return cls(num_states, likelihood.mlp(num_states, x_dim, ()))
 

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from pyrovae import reference
+from pyrovae.arguments import check_one_of
 from pyrovae.conditionals import Bernoulli, Conditional, DiagonalNormal, StandardNormal
-from pyrovae.nets import Activation
+from pyrovae.conditionals.conditional import check_conditionals, check_families
+from pyrovae.nets import Activation, _check_sequence, _check_sizes
 from pyrovae.program import LatentModel, data_plate
 
 GuideKind = Literal["bottom-up", "top-down", "ladder"]
@@ -57,13 +59,17 @@ class HierarchicalVAE(LatentModel):
         guide_kind: GuideKind = "bottom-up",
     ):
         super().__init__()
+        for name, each in (("priors", priors), ("posteriors", posteriors)):
+            if not isinstance(each, list | tuple | nn.ModuleList):
+                raise ValueError(f"Expected {name} to be a list of Conditionals; got {type(each).__name__}")
+            check_conditionals(**{f"{name}[{i}]": conditional for i, conditional in enumerate(each)})
+        check_conditionals(likelihood=likelihood)
         if not len(priors) == len(posteriors) > 0:
             raise ValueError(
                 "Expected priors and posteriors to be lists of one common length, at least 1; "
                 f"got {len(priors)} and {len(posteriors)}"
             )
-        if guide_kind not in get_args(GuideKind):
-            raise ValueError(f"Expected guide_kind to be one of {', '.join(get_args(GuideKind))}; got {guide_kind!r}")
+        check_one_of(get_args(GuideKind), guide_kind=guide_kind)
         if guide_kind == "ladder":
             _check_ladder(priors=priors, posteriors=posteriors)
         self.priors = cast("Sequence[Conditional]", nn.ModuleList(priors))
@@ -100,6 +106,14 @@ class HierarchicalVAE(LatentModel):
         Raises:
             ValueError: for no layer, or hidden of another length.
         """
+        check_families(likelihood=likelihood)
+        check_one_of(get_args(GuideKind), guide_kind=guide_kind)
+        _check_sizes(x_dim=x_dim)
+        _check_sequence("z_dims", z_dims, (100, 50))
+        if not isinstance(hidden, list | tuple):
+            raise ValueError(f"Expected hidden to be a sequence of sizes for each layer; got {hidden!r}")
+        for i, each in enumerate(hidden):
+            _check_sequence(f"hidden[{i}]", each, (200, 200))
         if not len(z_dims) == len(hidden) > 0:
             raise ValueError(
                 f"Expected z_dims and hidden to have one common length, at least 1; got {len(z_dims)} and {len(hidden)}"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pyrovae import reference
 from pyrovae.conditionals.conditional import Distribution
 from pyrovae.conditionals.density import LogScaleNormal
-from pyrovae.conditionals.sequences import MarkovChain, RecurrentPosterior, Steps, num_steps_of
+from pyrovae.conditionals.sequences import MarkovChain, RecurrentPosterior, Steps, check_recurrent, num_steps_of
 from pyrovae.nets import _check_sizes
 from pyrovae.program import LatentModel, data_plate
 from pyrovae.sequences import step_mask
@@ -44,6 +44,7 @@ class LinearGaussianStateSpace(LatentModel):
     def __init__(self, x_dim: int, z_dim: int, posterior: RecurrentPosterior | None = None):
         super().__init__()
         _check_sizes(x_dim=x_dim, z_dim=z_dim)
+        check_recurrent(posterior)
         self.x_dim, self.z_dim, self.posterior = x_dim, z_dim, posterior
         self.transition = nn.Parameter(0.9 * torch.eye(z_dim) + 0.1 * torch.randn(z_dim, z_dim) / math.sqrt(z_dim))
         self.emission = nn.Parameter(torch.randn(x_dim, z_dim) / math.sqrt(z_dim))

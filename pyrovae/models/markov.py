@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from pyrovae import reference
 from pyrovae.conditionals import Bernoulli, Conditional, DiagonalNormal
-from pyrovae.conditionals.sequences import MarkovChain, RecurrentPosterior, Steps, num_steps_of
+from pyrovae.conditionals.conditional import check_conditionals, check_families
+from pyrovae.conditionals.sequences import MarkovChain, RecurrentPosterior, Steps, check_recurrent, num_steps_of
 from pyrovae.nets import MLP, Activation, BackwardRNN, Cell, Combiner, GatedTransition, _check_sizes
 from pyrovae.program import LatentModel, data_plate
 
@@ -43,6 +44,8 @@ class DeepMarkovModel(LatentModel):
     def __init__(self, transition: Conditional, likelihood: Conditional, posterior: RecurrentPosterior, z_dim: int):
         super().__init__()
         _check_sizes(z_dim=z_dim)
+        check_conditionals(transition=transition, likelihood=likelihood)
+        check_recurrent(posterior, optional=False)
         self.transition, self.likelihood, self.posterior, self.z_dim = transition, likelihood, posterior, z_dim
         self.z_0 = nn.Parameter(torch.zeros(z_dim))
 
@@ -76,6 +79,7 @@ class DeepMarkovModel(LatentModel):
             family: what the posterior's family takes beside its network, as steps=2 for a flow.
         """
         _check_sizes(x_dim=x_dim, z_dim=z_dim, transition_dim=transition_dim, rnn_dim=rnn_dim)
+        check_families(likelihood=likelihood, posterior=posterior)
         step = posterior.mlp(z_dim + rnn_dim, z_dim, (), **family)
         assert isinstance(step.net, MLP)
         step.net = Combiner(z_dim, rnn_dim, step.net.out_dim)

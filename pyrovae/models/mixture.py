@@ -10,7 +10,7 @@ from pyrovae import reference
 from pyrovae.conditionals import OneHotCategorical, one_hot
 from pyrovae.conditionals.conditional import Distribution
 from pyrovae.em import Covariance, em, gaussians, log_joint, proportions, split_and_merge, start, vectors
-from pyrovae.nets import _check_sizes
+from pyrovae.nets import _check_input, _check_sizes
 from pyrovae.program import LatentModel, data_plate
 
 
@@ -67,12 +67,26 @@ class GaussianMixture(LatentModel):
 
     def exact_posterior(self, x: Tensor) -> Distribution:
         """p(c | x) for x `(*, X)`: a one-hot vector with batch shape `*`."""
+        _check_input(x, self.x_dim, self, "x")
         return OneHotCategorical(None).distribution(log_joint(self.label_prior, self.likelihood, x))
 
     def log_prob(self, x: Tensor, c: Tensor | None = None) -> Tensor:
-        """log p(x), exact, for x `(N, X)`, or log p(x, c) for integer clusters c `(N,)`: `(N,)`, in nats."""
+        """log p(x), exact, for x `(N, X)`, or log p(x, c) for integer clusters c `(N,)`: `(N,)`, in nats.
+
+        Raises:
+            ValueError: for x of another size or dtype, or clusters that are none.
+        """
+        _check_input(x, self.x_dim, self, "x")
         joint = log_joint(self.label_prior, self.likelihood, x)
-        return joint.logsumexp(-1) if c is None else joint.gather(-1, c.unsqueeze(-1)).squeeze(-1)
+        if c is None:
+            return joint.logsumexp(-1)
+        chosen = one_hot(c, self.num_clusters).bool()
+        if chosen.shape != joint.shape or not bool(chosen.any(-1).all()):
+            raise ValueError(
+                f"Expected c to be clusters {tuple(joint.shape[:-1])} from 0 to {self.num_clusters - 1}; "
+                f"got shape {tuple(c.shape)}, {c.min().item()} to {c.max().item()}"
+            )
+        return joint[chosen].reshape(joint.shape[:-1])
 
     def start_from(self, x: Any, seed: int) -> Self:
         """Place the clusters by k-means, begun by k-means++: each is the Gaussian of the data nearest to its mean.

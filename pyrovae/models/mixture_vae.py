@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from pyrovae import reference
+from pyrovae.arguments import check_seed, check_whole
 from pyrovae.conditionals import Bernoulli, Conditional, DiagonalNormal, OneHotCategorical, one_hot
-from pyrovae.conditionals.conditional import Distribution
+from pyrovae.conditionals.conditional import Distribution, check_conditionals, check_families
 from pyrovae.em import Covariance, gaussians, log_joint, proportions, split_and_merge, start, vectors
-from pyrovae.nets import Activation, _check_sizes
+from pyrovae.nets import Activation, _check_hidden, _check_sizes
 from pyrovae.noise import forked
 from pyrovae.program import LatentModel, data_plate
-from pyrovae.traces import check_whole
 
 AT_ONCE = 1000  # data whose latents are drawn
 
@@ -59,6 +59,7 @@ class GaussianMixtureVAE(LatentModel):
         covariance: Covariance = "diagonal",
     ):
         super().__init__()
+        check_conditionals(likelihood=likelihood, posterior=posterior)
         _check_sizes(z_dim=z_dim, num_clusters=num_clusters)
         self.z_dim, self.num_clusters, self.covariance = z_dim, num_clusters, covariance
         self.label_prior = proportions(num_clusters)
@@ -90,6 +91,8 @@ class GaussianMixtureVAE(LatentModel):
             activation: after every hidden layer.
             covariance: of each cluster, diagonal or full.
         """
+        check_families(likelihood=likelihood, posterior=posterior)
+        _check_hidden(hidden)
         return cls(
             likelihood.mlp(z_dim, x_dim, hidden[::-1], activation),
             posterior.mlp(x_dim, z_dim, hidden, activation),
@@ -131,6 +134,7 @@ class GaussianMixtureVAE(LatentModel):
             ValueError: for fewer data than clusters, restarts below 1, or clusters whose covariance is singular.
         """
         check_whole(restarts=restarts)
+        check_seed(seed, 0, 2**32 - restarts)  # NumPy's range
         x = vectors(x, self.num_clusters)
         self.to(next(self.posterior.parameters()).device)  # a posterior that was trained before may be on another
         with forked(seed):

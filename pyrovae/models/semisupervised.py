@@ -9,7 +9,8 @@ from torch import Tensor
 
 from pyrovae import reference
 from pyrovae.conditionals import Bernoulli, Conditional, DiagonalNormal, OneHotCategorical, StandardNormal, one_hot
-from pyrovae.nets import Activation
+from pyrovae.conditionals.conditional import check_conditionals, check_families
+from pyrovae.nets import Activation, _check_hidden, _check_sizes
 from pyrovae.program import LatentModel, data_plate
 
 
@@ -45,6 +46,8 @@ class SemiSupervisedVAE(LatentModel):
         factorized: bool = False,
     ):
         super().__init__()
+        check_conditionals(label_prior=label_prior, prior=prior, likelihood=likelihood)
+        check_conditionals(classifier=classifier, posterior=posterior)
         self.label_prior, self.prior, self.likelihood = label_prior, prior, likelihood
         self.classifier, self.posterior, self.factorized = classifier, posterior, factorized
 
@@ -73,6 +76,9 @@ class SemiSupervisedVAE(LatentModel):
             activation: after every hidden layer.
             factorized: the guide is q(y | x) q(z | x).
         """
+        check_families(likelihood=likelihood, posterior=posterior)
+        _check_sizes(x_dim=x_dim, num_classes=num_classes, z_dim=z_dim)
+        _check_hidden(hidden)
         return cls(
             OneHotCategorical.uniform(num_classes),
             StandardNormal(z_dim),

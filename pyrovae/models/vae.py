@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from pyrovae import reference
 from pyrovae.conditionals import Bernoulli, Conditional, DiagonalNormal, StandardNormal
-from pyrovae.conditionals.conditional import Distribution
+from pyrovae.conditionals.conditional import Distribution, check_conditionals, check_families
 from pyrovae.conditionals.density import LogScaleNormal
-from pyrovae.nets import Activation
+from pyrovae.nets import Activation, _check_hidden, _check_input, _check_sizes
 from pyrovae.program import LatentModel, data_plate
 
 
@@ -35,6 +35,7 @@ class VAE(LatentModel):
 
     def __init__(self, prior: Conditional, likelihood: Conditional, posterior: Conditional):
         super().__init__()
+        check_conditionals(prior=prior, likelihood=likelihood, posterior=posterior)
         self.prior, self.likelihood, self.posterior = prior, likelihood, posterior
 
     @classmethod
@@ -58,6 +59,8 @@ class VAE(LatentModel):
             posterior: family of q(z | x).
             activation: after every hidden layer.
         """
+        check_families(likelihood=likelihood, posterior=posterior)
+        _check_hidden(hidden)
         return cls(
             StandardNormal(z_dim),
             likelihood.mlp(z_dim, x_dim, hidden[::-1], activation),
@@ -129,8 +132,9 @@ class LinearGaussian(LatentModel):
 
     def __init__(self, x_dim: int, z_dim: int, posterior: Conditional | None = None):
         super().__init__()
-        if min(x_dim, z_dim) < 1:
-            raise ValueError(f"Expected x_dim and z_dim to be positive; got {x_dim} and {z_dim}")
+        _check_sizes(x_dim=x_dim, z_dim=z_dim)
+        if posterior is not None:
+            check_conditionals(posterior=posterior)
         self.x_dim, self.z_dim, self.posterior = x_dim, z_dim, posterior
         self.prior = StandardNormal(z_dim)
         self.weight = nn.Parameter(torch.randn(x_dim, z_dim) / math.sqrt(z_dim))
@@ -151,6 +155,7 @@ class LinearGaussian(LatentModel):
 
     def exact_posterior(self, x: Tensor) -> Distribution:
         """p(z | x) for x `(*, X)`: a Gaussian on `(D,)` with batch shape `*`; found in float64."""
+        _check_input(x, self.x_dim, self, "x")
         mean, scale = self._posterior(x.double())
         return dist.MultivariateNormal(mean.to(x.dtype), scale_tril=scale.to(x.dtype))
 
@@ -174,6 +179,7 @@ class LinearGaussian(LatentModel):
 
         From that matrix's factor, or, where it is the larger, from log p(x, z) - log p(z | x) at the posterior's mean.
         """
+        _check_input(x, self.x_dim, self, "x")
         value, bias, weight, log_s = x.double(), self.bias.double(), self.weight.double(), self.log_sigma.double()
         if self.x_dim <= self.z_dim:
             _, r = _qr(torch.cat([weight.T, self._sigma_eye(self.x_dim)]))

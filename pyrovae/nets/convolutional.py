@@ -6,15 +6,21 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from pyrovae.nets.mlp import Activation, _activation, _check_input, _check_sizes, _glorot
+from pyrovae.nets.mlp import (
+    Activation,
+    _activation,
+    _check_image_shape,
+    _check_input,
+    _check_sequence,
+    _check_sizes,
+    _glorot,
+)
 
 
 def _halvings(image_shape: Sequence[int], channels: Sequence[int]) -> list[tuple[int, int]]:
     """Heights and widths before and after each stride-2 convolution."""
-    if len(image_shape) != 3:
-        raise ValueError(f"Expected image_shape to be (channels, height, width); got {tuple(image_shape)}")
-    _check_sizes(**{f"image_shape[{i}]": size for i, size in enumerate(image_shape)})
-    _check_sizes(**{f"channels[{i}]": size for i, size in enumerate(channels)})
+    _check_image_shape(image_shape)
+    _check_sequence("channels", channels, (32, 64))
     sizes = [(image_shape[1], image_shape[2])]
     for _ in channels:
         sizes.append((sizes[-1][0] // 2, sizes[-1][1] // 2))
@@ -52,10 +58,10 @@ class ConvEncoder(nn.Module):
         activation: Activation = "relu",
     ):
         super().__init__()
-        self.image_shape, self.out_dim = tuple(image_shape), out_dim
-        self.channels, self.activation = tuple(channels), activation
         _check_sizes(out_dim=out_dim)
         height, width = _halvings(image_shape, channels)[-1]
+        self.image_shape, self.out_dim = tuple(image_shape), out_dim
+        self.channels, self.activation = tuple(channels), activation
         widths, function = [image_shape[0], *channels], _activation(activation)
         layers: list[nn.Module] = []
         for width_in, width_out in pairwise(widths):
@@ -97,10 +103,10 @@ class ConvDecoder(nn.Module):
         activation: Activation = "relu",
     ):
         super().__init__()
-        self.in_dim, self.image_shape = in_dim, tuple(image_shape)
-        self.channels, self.activation = tuple(channels), activation
         _check_sizes(in_dim=in_dim)
         sizes = _halvings(image_shape, channels)[::-1]
+        self.in_dim, self.image_shape = in_dim, tuple(image_shape)
+        self.channels, self.activation = tuple(channels), activation
         widths, function = [image_shape[0], *channels][::-1], _activation(activation)
         height, width = sizes[0]
         layers: list[nn.Module] = [

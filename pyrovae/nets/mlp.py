@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from pyrovae.arguments import check_one_of, check_whole
+
 Activation = Literal["tanh", "relu", "elu", "softplus", "silu"]
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "tanh": nn.Tanh,
@@ -18,8 +20,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 
 
 def _activation(name: str) -> type[nn.Module]:
-    if name not in ACTIVATIONS:
-        raise ValueError(f"Expected activation to be one of {', '.join(ACTIVATIONS)}; got {name!r}")
+    check_one_of(ACTIVATIONS, activation=name)
     return ACTIVATIONS[name]
 
 
@@ -29,18 +30,34 @@ def _check_sizes(**sizes: int) -> None:
             raise ValueError(f"Expected {name} to be a positive whole number; got {size!r}")
 
 
+def _check_sequence(name: str, sizes: Sequence[int], example: tuple[int, ...]) -> None:
+    if not isinstance(sizes, list | tuple):  # an iterator would be used up
+        raise ValueError(f"Expected {name} to be a sequence of sizes, as {example}; got {sizes!r}")
+    _check_sizes(**{f"{name}[{i}]": size for i, size in enumerate(sizes)})
+
+
 def _check_hidden(hidden: Sequence[int]) -> None:
-    if isinstance(hidden, int):
-        raise ValueError(f"Expected hidden to be a sequence of sizes, as (200, 200); got {hidden}")
-    _check_sizes(**{f"hidden[{i}]": size for i, size in enumerate(hidden)})
+    _check_sequence("hidden", hidden, (200, 200))
 
 
-def _check_input(x: Tensor, dim: int, module: nn.Module) -> None:
-    if x.dim() < 1 or x.shape[-1] != dim:
-        raise ValueError(f"Expected the network's input to have shape (*, {dim}); got {tuple(x.shape)}")
+def _check_image_shape(shape: Sequence[int], name: str = "image_shape") -> None:
+    if not isinstance(shape, list | tuple) or len(shape) != 3:
+        found = tuple(shape) if isinstance(shape, list | tuple) else repr(shape)
+        raise ValueError(f"Expected {name} to be (channels, height, width); got {found}")
+    _check_sequence(name, shape, (1, 28, 28))
+
+
+def _check_input(x: Tensor, dim: int, module: nn.Module, name: str = "the network's input") -> None:
+    if not isinstance(x, Tensor) or x.dim() < 1 or x.shape[-1] != dim:
+        found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"Expected {name} to have shape (*, {dim}); got {found}")
+    _check_dtype(x, module, name)
+
+
+def _check_dtype(x: Tensor, module: nn.Module, name: str = "the network's input") -> None:
     dtype = next(module.parameters()).dtype
     if x.dtype != dtype:
-        raise ValueError(f"Expected the network's input to have its weights' dtype, {dtype}; got {x.dtype}")
+        raise ValueError(f"Expected {name} to have its weights' dtype, {dtype}; got {x.dtype}")
 
 
 def _glorot(module: nn.Module) -> None:
@@ -138,6 +155,8 @@ class MLP(nn.Module):
             raise ValueError(f"Expected parents of {self.in_dim} values in all; got {sizes}")
         first = self.layers[0]
         assert isinstance(first, nn.Linear)
+        for part in parts:
+            _check_dtype(part, self)
         weights = first.weight.split(sizes, 1)
         out = first.weight.new_zeros(()) if first.bias is None else first.bias
         for part, weight in zip(parts, weights, strict=True):
@@ -185,6 +204,7 @@ class MaskedMLP(nn.Module):
         super().__init__()
         _check_hidden(hidden)
         _check_sizes(dim=dim, outputs=outputs)
+        check_whole(0, context_dim=context_dim)
         self.dim, self.outputs, self.hidden, self.context_dim = dim, outputs, tuple(hidden), context_dim
         self.activation, self.reverse = activation, reverse
         place = torch.arange(1, dim + 1).flip(0) if reverse else torch.arange(1, dim + 1)
@@ -204,6 +224,10 @@ class MaskedMLP(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """x `(*, dim)` and a context `(*, context_dim)`, broadcast against each other, to `(*, outputs, dim)`."""
+        _check_input(x, self.dim, self)
+        given = 0 if context is None else context.shape[-1]
+        if given != self.context_dim:
+            raise ValueError(f"Expected a context of {self.context_dim} values; got {given}")
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, nn.Linear)
             x = nn.functional.linear(x if i == 0 else self.function(x), layer.weight * self.mask(i), layer.bias)

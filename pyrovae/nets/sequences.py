@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pyrovae.arguments import check_one_of
 from pyrovae.nets.mlp import MLP, _check_input, _check_sizes, _glorot
 
 Cell = Literal["relu", "tanh", "gru"]
@@ -110,8 +111,7 @@ class BackwardRNN(nn.Module):
     def __init__(self, x_dim: int, hidden: int = 600, cell: Cell = "relu"):
         super().__init__()
         _check_sizes(x_dim=x_dim, hidden=hidden)
-        if cell not in get_args(Cell):
-            raise ValueError(f"Expected cell to be one of {', '.join(get_args(Cell))}; got {cell!r}")
+        check_one_of(get_args(Cell), cell=cell)
         self.x_dim, self.hidden, self.cell = x_dim, hidden, cell
         gru = cell == "gru"
         self.rnn: nn.RNNBase = (
