@@ -1,8 +1,10 @@
 """`fit`: what is asked of a training run, and whether it can be done."""
 
 import math
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import is_dataclass
 from functools import partial
 from pathlib import Path
@@ -94,7 +96,8 @@ def fit(
         grad_clip: largest L2 norm of the minibatch's gradient.
         seed: of minibatches and noise; torch's random state is put back after. None goes on from the present one.
         run_dir: folder for config.json, metrics.csv, model.safetensors (the best weights), and checkpoint.pt,
-            written after an epoch, once a second at most, and when training stops.
+            written after an epoch, once a second at most, and when training stops, also by SIGTERM. One run at a
+            time holds it.
         resume: go on from the checkpoint in `run_dir`, to the very weights that an undisturbed run reaches. Torch's,
             NumPy's and Python's generators are put where they were; one of a DataLoader's own is not.
         device: auto, cpu, cuda or mps; the program stays there.
@@ -118,6 +121,8 @@ def fit(
             parameters, a checkpoint of another run.
         CompileError: where `compile` is True and the program cannot be compiled, or there is no C++ compiler.
         FileExistsError, FileNotFoundError: where `run_dir` is there and should not be, or the other way round.
+        BlockingIOError: where another run is going on in `run_dir`.
+        OSError: where `run_dir` cannot be written; the files that it has stay, and the program has the best weights.
         FloatingPointError: where the loss is not finite, naming the site; the last good checkpoint stays.
 
     Example:
@@ -165,8 +170,12 @@ def fit(
         "labels": labels,
     }
     folder = None if run_dir is None else Path(run_dir)
-    saved = None if folder is None else checkpoint.open_run(folder, resume)
+    saved = None
     with ExitStack() as stack:
+        if folder is not None:
+            stack.enter_context(checkpoint.locked(folder, resume))
+            saved = checkpoint.open_run(folder, resume)
+        stack.enter_context(_ending_at_sigterm())
         if seed is not None:
             stack.enter_context(torch.random.fork_rng())
             torch.manual_seed(seed)
@@ -177,6 +186,24 @@ def fit(
             run.resume(saved)
         run.to_the_end(epochs, patience, progress)
     return run.history
+
+
+@contextmanager
+def _ending_at_sigterm() -> Iterator[None]:
+    """SIGTERM, with which a cluster takes its machine back, ends training as an exception does."""
+
+    def end(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _check_positive(**values: float | None) -> None:

@@ -332,9 +332,13 @@ class Run:
             before = saved["settings"].get(name, value)
             if before != value:
                 raise ValueError(f"Expected {name}={before}, as the run to resume has; got {value}")
-        checkpoint.fill(self.program, saved["program"], f"{self.folder}/{checkpoint.CHECKPOINT}")
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.history, self.best_epoch = saved["history"], saved["best_epoch"]
-        self.best = {name: value.to(self.fabric.device) for name, value in saved["best"].items()}
-        self.generator.set_state(saved["generator"])
-        checkpoint.restore_random_state(saved["random"])
+        path = f"{self.folder}/{checkpoint.CHECKPOINT}"
+        if saved["best"]:
+            checkpoint.check_weights(self.program, saved["best"], path)
+        checkpoint.fill(self.program, saved["program"], path)
+        with checkpoint.parsing(path, "a checkpoint of this run"):
+            checkpoint.restore_optimizer(self.optimizer, saved["optimizer"])
+            self.history, self.best_epoch = saved["history"], saved["best_epoch"]
+            self.best = {name: value.to(self.fabric.device) for name, value in saved["best"].items()}
+            self.generator.set_state(saved["generator"])
+            checkpoint.restore_random_state(saved["random"])

@@ -15,7 +15,7 @@ from pyrovae.traces import replayed_guide
 
 PACKAGE = Path(pyrovae.__file__).parent
 FLOORS = [
-    ("sequences",),
+    ("sequences", "files"),
     ("nets", "reference", "weights", "sources", "watch", "inductor", "options", "clustering", "attention"),
     ("data",),
     ("conditionals", "labels", "quadrants"),
@@ -23,6 +23,7 @@ FLOORS = [
     ("functions", "traces", "compiled"),
     ("survey",),
     ("models", "bounds", "schedules", "symptoms"),
+    ("configuration",),
     ("checkpoint", "check", "objectives", "draws", "supervision"),
     ("evaluate", "compare", "run"),
     ("fit", "plots", "music"),
