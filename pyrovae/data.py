@@ -307,7 +307,10 @@ def load(name_or_path: str | Path, binarize: Binarize = "none", *, labels: bool 
         raise ValueError(f"Expected binarize to be one of {', '.join(get_args(Binarize))}; got {binarize!r}")
     parts, shape = _read(str(name_or_path), labels)
     generator = torch.Generator().manual_seed(seed)
-    data = [_binarized(part, binarize, generator, train=i == 0) for i, part in enumerate(parts)]
+    try:
+        data = [_binarized(part, binarize, generator, train=i == 0) for i, part in enumerate(parts)]
+    except ValueError as error:
+        raise ValueError(f"{error}, in {name_or_path}") from error
     return Splits(str(name_or_path), binarize, shape, *data)
 
 
@@ -336,7 +339,8 @@ def _read(name: str, labels: bool) -> tuple[list[Batch], tuple[int, ...]]:
     shape = parts[0].x.shape[2:] if sequences else _datum_shape(parts[0].x)
     batches: list[Batch] = []
     for x, y, lengths in parts:
-        batches.append({"x": _as_floats(x) if sequences else _as_floats(x).reshape(len(x), -1)})
+        values = _as_floats(x, name)
+        batches.append({"x": values if sequences else values.reshape(len(x), -1)})
         if labels and y is not None:
             batches[-1]["y"] = torch.from_numpy(y.astype(np.int64))
         if lengths is not None:
@@ -348,11 +352,11 @@ def _datum_shape(x: np.ndarray) -> tuple[int, ...]:
     return (1, *x.shape[1:]) if x.ndim == 3 else x.shape[1:]
 
 
-def _as_floats(x: np.ndarray) -> Tensor:
+def _as_floats(x: np.ndarray, name: str) -> Tensor:
     if x.dtype == np.uint8:
         x = x.astype(np.float32) / 255
     elif x.dtype.kind not in "fb":
-        raise ValueError(f"Expected an array of floats, bytes (uint8) or booleans; got {x.dtype}")
+        raise ValueError(f"Expected an array of floats, bytes (uint8) or booleans; got {x.dtype}, in {name}")
     if x.size == 0:
-        raise ValueError(f"Expected at least one datum in each part; got shape {x.shape}")
+        raise ValueError(f"Expected at least one datum in each part; got shape {x.shape}, in {name}")
     return torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
