@@ -20,7 +20,7 @@ from pyrovae.compiled import CompileError
 from pyrovae.evaluate import evaluate
 from pyrovae.fit import fit
 from pyrovae.music import write_midi
-from pyrovae.options import Compare, Evaluate, Sample, Train
+from pyrovae.options import Compare, Evaluate, Sample, Train, stored_options
 from pyrovae.program import LatentModel
 from pyrovae.recipes import (
     SEQUENTIAL,
@@ -83,12 +83,8 @@ def _stored(run: Path) -> Train:
         raise FileNotFoundError(f"Expected a run folder; got {run}, which has no {checkpoint.CONFIG}")
     config = checkpoint.read_json(run / checkpoint.CONFIG)
     try:
-        stored = config["command"]
-        options: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()
-        }
-        return Train(**options)
-    except (KeyError, TypeError) as error:
+        return stored_options(config["command"])
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"Expected a run made by `pyrovae train`; got {run}, without its command ({error})") from error
 
 
@@ -101,6 +97,19 @@ def _train(command: Train) -> None:
         checkpoint.check_new(folder)
     lr, _ = rate_of(command), bound_of(command, len(splits.train))  # before a VAE is trained for its clusters
     program, data = program_of(command, splits)
+    with checkpoint.locked(folder, command.resume):
+        _train_in(folder, command, splits, program, data, lr)
+
+
+def _train_in(
+    folder: Path,
+    command: Train,
+    splits: data_sets.Splits,
+    program: LatentModel,
+    data: dict[str, Any],
+    lr: Any,
+) -> None:
+    """Train, draw and measure in a folder that is this run's alone."""
     checkpoint.open_run(folder, command.resume)
     if not command.resume:
         _record(command, splits, folder)
