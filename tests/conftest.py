@@ -1,5 +1,6 @@
 import os
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pyro
 import pytest
@@ -46,4 +47,4 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
 def pytest_testnodedown(node) -> None:
     """Each process has looked at all tests, and left out the same."""
     terminal = node.config.pluginmanager.get_plugin("terminalreporter")
-    terminal.stats["deselected"] = [None] * getattr(node, "workeroutput", {}).get("deselected", 0)
+    terminal.stats["deselected"] = [SimpleNamespace()] * getattr(node, "workeroutput", {}).get("deselected", 0)
