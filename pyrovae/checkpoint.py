@@ -28,6 +28,8 @@ from pyrovae.program import LatentModel
 from pyrovae.traces import check_arguments
 
 CONFIG, METRICS, WEIGHTS, CHECKPOINT = "config.json", "metrics.csv", "model.safetensors", "checkpoint.pt"
+PARTS = {"pyrovae": str, "settings": dict, "history": list, "program": dict, "optimizer": dict, "best": dict,
+         "best_epoch": int, "random": dict}  # fmt: skip
 PARAM = "pyro_params."
 FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
@@ -123,6 +125,10 @@ def check_weights(program: LatentModel, tensors: Mapping[str, Tensor], source: s
     """Raises ValueError where weights do not fit a program, or are not finite and not a buffer that has always been."""
     check_arguments(program)
     own = program.state_dict()
+    if not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise ValueError(
+            f"Expected the weights of a {type(program).__name__}; got {source}, which has others than tensors"
+        )
     again = {name: first for name, first in _second_names(program).items() if first in tensors}
     problems = [
         f"has {name} other than {first}, which are one"
@@ -287,7 +293,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
                 raise ValueError("it is compressed")
         content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
         _check_stored(content)
-    if not isinstance(content, dict) or not {"pyrovae", "settings", "history", "program", "random"} <= content.keys():
+    if not isinstance(content, dict) or not all(isinstance(content.get(key), kind) for key, kind in PARTS.items()):
         raise ValueError(f"Expected a checkpoint of pyrovae; got {path}, which is another program's")
     return content
 

@@ -85,7 +85,9 @@ def _stored(run: Path) -> Train:
     try:
         return stored_options(config["command"])
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"Expected a run made by `pyrovae train`; got {run}, without its command ({error})") from error
+        raise ValueError(
+            f"Expected a run made by `pyrovae train`; got {run / checkpoint.CONFIG}, without its command ({error})"
+        ) from error
 
 
 def _train(command: Train) -> None:

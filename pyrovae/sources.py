@@ -125,6 +125,8 @@ def _read_chorales(path: Path) -> list[Part]:
 
 def _piano_rolls(sequences: list[list[list[float]]]) -> Part:
     lengths = np.array([len(chords) for chords in sequences])
+    if lengths.min() < 1:
+        raise ValueError("a chorale without chords")
     shape = (len(sequences), int(lengths.max()), HIGHEST - LOWEST + 1)
     if 4 * math.prod(shape) > UNPACKED[0]:
         raise ValueError(f"piano rolls of shape {shape}, which are too large")
