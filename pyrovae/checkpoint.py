@@ -295,6 +295,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         _check_stored(content)
     if not isinstance(content, dict) or not all(isinstance(content.get(key), kind) for key, kind in PARTS.items()):
         raise ValueError(f"Expected a checkpoint of pyrovae; got {path}, which is another program's")
+    history = content["history"]
+    rows = all(
+        isinstance(row, dict) and all(isinstance(value, int | float) for value in row.values()) for row in history
+    )
+    if not rows or not 0 <= content["best_epoch"] <= len(history):
+        raise ValueError(f"Expected a checkpoint of pyrovae; got {path}, whose history is none")
     return content
 
 

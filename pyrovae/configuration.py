@@ -63,7 +63,8 @@ def build(config: Any) -> Any:
     """The module that `describe` described, newly initialised.
 
     Raises:
-        ValueError: for a class that is not pyrovae's own, or a shared module that is in no place before.
+        ValueError: for a class that is not pyrovae's own, a shared module that is in no place before, or anything but
+            a module where one is expected.
     """
     return _build(config, "", {})
 
@@ -81,7 +82,12 @@ def _build(config: Any, place: str, built: dict[str, nn.Module]) -> Any:
     if config.get("class") not in classes:
         raise ValueError(f"Expected one of pyrovae's own classes; got {config.get('class')!r}")
     arguments = {name: _build(value, f"{place}.{name}", built) for name, value in config["arguments"].items()}
-    module = built[place.removeprefix(".")] = classes[config["class"]](**arguments)
+    made = classes[config["class"]]
+    for name, argument in inspect.signature(made).parameters.items():
+        kind = argument.annotation
+        if inspect.isclass(kind) and issubclass(kind, nn.Module) and not isinstance(arguments.get(name), kind):
+            raise ValueError(f"Expected {name} of {made.__name__} to be a {kind.__name__}; got {arguments.get(name)!r}")
+    module = built[place.removeprefix(".")] = made(**arguments)
     return module
 
 

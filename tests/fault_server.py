@@ -37,6 +37,7 @@ class Server:
     def close(self):
         self.process.stdin.close()
         self.process.wait()
+        self.process.stdout.close()
 
 
 # --- jobs, each in a child ------------------------------------------------------------------------

@@ -105,7 +105,7 @@ def check_end(server: Server, folder: Path, undisturbed: Path) -> None:
 # --- kills -----------------------------------------------------------------------------------------
 
 
-@forms(40, 1500)
+@forms(40, 600)
 def test_kills_at_random_moments_of_training_and_saving(server, place, undisturbed, survived, n, seed):
     random, folder, left = np.random.default_rng(seed), place / "run", n
     while left:
@@ -126,7 +126,7 @@ def test_kills_at_random_moments_of_training_and_saving(server, place, undisturb
     check_end(server, folder, undisturbed)
 
 
-@forms(8, 300)
+@forms(8, 200)
 def test_kills_at_random_moments_of_evaluation(server, place, undisturbed, survived, n, seed):
     random, folder = np.random.default_rng(seed), place / "run"
     shutil.copytree(undisturbed, folder)
@@ -140,7 +140,7 @@ def test_kills_at_random_moments_of_evaluation(server, place, undisturbed, survi
     check_end(server, folder, undisturbed)
 
 
-@forms(4, 200)
+@forms(4, 60)
 def test_of_two_runs_started_on_one_folder_one_goes_on(server, place, undisturbed, survived, n, seed):
     for i in range(n):
         folder, resume = place / str(i), bool(i % 2)
@@ -170,7 +170,7 @@ def check_refused(result: dict, folder: Path, reason: str) -> None:
     assert {path.name for path in folder.iterdir()} - {".lock"} <= WHOLE, "nothing half is left"
 
 
-@forms(12, 500)
+@forms(12, 200)
 def test_a_file_that_cannot_grow_is_told_and_the_run_goes_on_later(server, place, undisturbed, survived, n, seed):
     """The kernel ends the write at a random byte of one of the files."""
     random = np.random.default_rng(seed)
@@ -186,7 +186,7 @@ def test_a_file_that_cannot_grow_is_told_and_the_run_goes_on_later(server, place
 
 
 @pytest.mark.parametrize(("fault", "reason"), [("full_disk", "No space left"), ("read_only", "Permission denied")])
-@forms(3, 100)
+@forms(3, 50)
 def test_a_full_disk_and_a_read_only_folder(server, place, undisturbed, survived, fault, reason, n, seed):
     if fault == "full_disk" and not Path("/dev/full").exists():
         pytest.skip("no device that is full")
@@ -430,7 +430,9 @@ def hostile_checkpoints(good: dict) -> list[bytes]:
 
     state = ("optimizer", "state", 0, "exp_avg")
     files = [changed(part, value=value) for part in good if part != "pyrovae" for value in (3, None, "text", one, {})
-             if not (part == "best" and value in (None, {})) and not (part == "settings" and value == {})]  # fmt: skip
+             if (part, value) not in (("best", {}), ("settings", {}), ("best_epoch", 3))]  # fmt: skip
+    files += [changed("history", value=value) for value in ([3], [{"elbo": "text"}], [None])]
+    files += [changed("best_epoch", value=value) for value in (-1, 10**9)]
     files += [changed("program", name, value=value) for value in (one, weight * torch.nan, weight.new_zeros(10**6))]
     files += [changed("best", name, value=value) for value in (one, weight * torch.inf, "text", one.expand(10**9))]
     files += [changed(*state, value=value) for value in (one, average[:1], one.expand(10**12), "text", None)]
