@@ -185,8 +185,8 @@ def _second_names(program: nn.Module) -> dict[str, str]:
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors, and what pyrovae says of them, where it wrote the file."""
     with path.open("rb") as file:
-        start = file.read(4)
-    if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        start = file.read(9)  # the length of a header, which may look like anything, and its first brace
+    if start[8:] != b"{" and start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
         raise ValueError(f"Expected a safetensors file; got {path}, which is a pickle or an archive. It was not read")
     with parsing(path, "a safetensors file"):
         with safe_open(path, "pt") as file:
@@ -299,8 +299,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     rows = all(
         isinstance(row, dict) and all(isinstance(value, int | float) for value in row.values()) for row in history
     )
-    if not rows or not 0 <= content["best_epoch"] <= len(history):
-        raise ValueError(f"Expected a checkpoint of pyrovae; got {path}, whose history is none")
+    plain = all(value is None or isinstance(value, str | int | float | list) for value in content["settings"].values())
+    if not rows or not plain or not 0 <= content["best_epoch"] <= len(history):
+        raise ValueError(f"Expected a checkpoint of pyrovae; got {path}, whose history or settings are none")
     return content
 
 

@@ -104,12 +104,7 @@ def _train(command: Train) -> None:
 
 
 def _train_in(
-    folder: Path,
-    command: Train,
-    splits: data_sets.Splits,
-    program: LatentModel,
-    data: dict[str, Any],
-    lr: Any,
+    folder: Path, command: Train, splits: data_sets.Splits, program: LatentModel, data: dict[str, Any], lr: Any
 ) -> None:
     """Train, draw and measure in a folder that is this run's alone."""
     checkpoint.open_run(folder, command.resume)

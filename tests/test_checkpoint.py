@@ -148,6 +148,18 @@ def test_a_hostile_checkpoint_is_not_executed(tmp_path, monkeypatch):
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.parametrize("length", [0x0280, 0x0380, 0x0480, 0x0580, int.from_bytes(b"PK", "little")])
+def test_a_header_whose_length_begins_like_a_pickle_is_none(tmp_path, length):
+    program = Own()
+    for size in range(length):  # of what the metadata hold, until the header has the length
+        save_file(program.state_dict(), tmp_path / "f", {"more": "x" * (max(0, length - 300) + size)})
+        start = (tmp_path / "f").read_bytes()[:8]
+        if int.from_bytes(start, "little") == length:
+            break
+    assert start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+    assert load(tmp_path / "f", program) is program
+
+
 @pytest.mark.parametrize("cut", [0, 3, 8, 100, -1])
 def test_a_truncated_file_is_refused(tmp_path, cut):
     save(VAE.mlp(6, 2), tmp_path / "vae")

@@ -140,7 +140,7 @@ def test_kills_at_random_moments_of_evaluation(server, place, undisturbed, survi
     check_end(server, folder, undisturbed)
 
 
-@forms(4, 60)
+@forms(4, 50)
 def test_of_two_runs_started_on_one_folder_one_goes_on(server, place, undisturbed, survived, n, seed):
     for i in range(n):
         folder, resume = place / str(i), bool(i % 2)
@@ -170,7 +170,7 @@ def check_refused(result: dict, folder: Path, reason: str) -> None:
     assert {path.name for path in folder.iterdir()} - {".lock"} <= WHOLE, "nothing half is left"
 
 
-@forms(12, 200)
+@forms(12, 100)
 def test_a_file_that_cannot_grow_is_told_and_the_run_goes_on_later(server, place, undisturbed, survived, n, seed):
     """The kernel ends the write at a random byte of one of the files."""
     random = np.random.default_rng(seed)
@@ -186,7 +186,7 @@ def test_a_file_that_cannot_grow_is_told_and_the_run_goes_on_later(server, place
 
 
 @pytest.mark.parametrize(("fault", "reason"), [("full_disk", "No space left"), ("read_only", "Permission denied")])
-@forms(3, 50)
+@forms(3, 25)
 def test_a_full_disk_and_a_read_only_folder(server, place, undisturbed, survived, fault, reason, n, seed):
     if fault == "full_disk" and not Path("/dev/full").exists():
         pytest.skip("no device that is full")
@@ -305,7 +305,7 @@ def overwritten(content: bytes, random: np.random.Generator) -> bytes:
 
 @pytest.mark.parametrize("damage", [truncated, flipped, overwritten], ids=lambda damage: damage.__name__)
 @pytest.mark.parametrize("kind", KINDS)
-@forms(4, 300)
+@forms(4, 100)
 def test_what_is_damaged_is_refused_or_holds_the_same(server, place, originals, survived, kind, damage, n, seed):
     path, content, holds = originals[kind]
     random = np.random.default_rng([seed, KINDS.index(kind)])
@@ -432,6 +432,7 @@ def hostile_checkpoints(good: dict) -> list[bytes]:
     files = [changed(part, value=value) for part in good if part != "pyrovae" for value in (3, None, "text", one, {})
              if (part, value) not in (("best", {}), ("settings", {}), ("best_epoch", 3))]  # fmt: skip
     files += [changed("history", value=value) for value in ([3], [{"elbo": "text"}], [None])]
+    files += [changed("settings", "lr", value=torch.ones(2))]
     files += [changed("best_epoch", value=value) for value in (-1, 10**9)]
     files += [changed("program", name, value=value) for value in (one, weight * torch.nan, weight.new_zeros(10**6))]
     files += [changed("best", name, value=value) for value in (one, weight * torch.inf, "text", one.expand(10**9))]
