@@ -27,8 +27,10 @@ class Server:
         )
 
     def __call__(self, *jobs: dict) -> list[dict]:
-        """For each job (its name, its arguments, and `signal` and `after` where it is to be killed) what became of it:
-        its `status`, negative for a signal, what it `said`, and the bytes of `memory` that it took at most.
+        """For each job (its name and arguments) what became of it: its `status`, negative for a signal, what it `said`,
+        and the bytes of `memory` that it took at most.
+
+        One that has a `signal` is killed, `after` so many seconds, and if `writing` as soon as it then writes a file.
         """
         self.process.stdin.write(json.dumps(jobs) + "\n")
         self.process.stdin.flush()
@@ -259,11 +261,20 @@ def start(job):
         os._exit(status)
 
 
-def finish(child, pipe, kill, after):
+def wait_for_a_write(child, folder):
+    """Until a file stands beside its final name, or the child has ended."""
+    while os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        if os.path.isdir(folder) and any(name.endswith(".part") for name in os.listdir(folder)):
+            return
+
+
+def finish(child, pipe, kill, after, folder):
     said = []
     if kill is not None:
         said.append(pipe.readline())  # that it has started
         time.sleep(after)
+        if folder is not None:
+            wait_for_a_write(child, folder)
         os.kill(child, kill)
     said += pipe.read().splitlines()
     _, status, used = os.wait4(child, 0)
@@ -287,7 +298,10 @@ def serve():
     os.dup2(2, 1)
     for line in sys.stdin:
         jobs = json.loads(line)
-        kills = [(job.pop("signal", None), job.pop("after", 0)) for job in jobs]
+        kills = [
+            (job.pop("signal", None), job.pop("after", 0), job["folder"] if job.pop("writing", False) else None)
+            for job in jobs
+        ]
         children = [start(job) for job in jobs]
         print(json.dumps([finish(*child, *kill) for child, kill in zip(children, kills, strict=True)]), file=answers)
 

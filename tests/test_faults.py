@@ -110,9 +110,9 @@ def test_kills_at_random_moments_of_training_and_saving(server, place, undisturb
     random, folder, left = np.random.default_rng(seed), place / "run", n
     while left:
         kill = (signal.SIGKILL, signal.SIGTERM)[int(random.integers(2))]
-        after = random.uniform(0, 0.4)
-        job = {"job": "train", "folder": str(folder), "resume": folder.exists(), "signal": kill, "after": after}
-        (result,) = server(job)
+        after, writing = random.uniform(0, 0.4), bool(random.integers(2))
+        job = {"job": "train", "folder": str(folder), "resume": folder.exists()}
+        (result,) = server({**job, "signal": kill, "after": after, "writing": writing})
         assert result["status"] in (0, -kill, 128 + kill), (seed, after, result)
         if result["status"] == 0:  # it came to its end before
             check_end(server, folder, undisturbed)
@@ -121,7 +121,8 @@ def test_kills_at_random_moments_of_training_and_saving(server, place, undisturb
         check_whole(folder)
         half = any(checkpoint.files.is_leftover(path) for path in folder.iterdir()) if folder.exists() else False
         assert not half or kill == signal.SIGKILL, "an exception leaves nothing half"
-        survived(f"{signal.Signals(kill).name} {'while a file was written' if half else 'in training'}")
+        when = "while a file was half written" if half else "in saving" if writing else "in training"
+        survived(f"{signal.Signals(kill).name} {when}")
         left -= 1
     check_end(server, folder, undisturbed)
 
@@ -132,8 +133,8 @@ def test_kills_at_random_moments_of_evaluation(server, place, undisturbed, survi
     shutil.copytree(undisturbed, folder)
     for _ in range(n):
         kill = (signal.SIGKILL, signal.SIGTERM)[int(random.integers(2))]
-        job = {"job": "evaluation", "folder": str(folder), "signal": kill, "after": random.uniform(0, 0.3)}
-        (result,) = server(job)
+        job = {"job": "evaluation", "folder": str(folder), "writing": bool(random.integers(2))}
+        (result,) = server({**job, "signal": kill, "after": random.uniform(0, 0.3)})
         assert result["status"] == -kill, (seed, result)
         check_whole(folder)
         survived(f"{signal.Signals(kill).name} in evaluation")
