@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from pyrovae import VAE, checkpoint, load
 from pyrovae.conditionals import UnitNormal
-from pyrovae.files import read_json, sealed
+from pyrovae.files import is_leftover, read_json, sealed
 
 WHOLE = {checkpoint.CONFIG, checkpoint.METRICS, checkpoint.WEIGHTS, checkpoint.CHECKPOINT}
 MEMORY = 2**28  # bytes that reading a damaged file may take beyond those of a process that has imported everything
@@ -91,6 +91,10 @@ def check_whole(folder: Path) -> None:
         assert len(read_json(folder / "evaluation.json")["log_px"]) == 20
 
 
+def leftovers(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if is_leftover(path)} if folder.exists() else set()
+
+
 def check_end(server: Server, folder: Path, undisturbed: Path) -> None:
     """Resumed, or begun where nothing was written yet, the run ends with the weights of the undisturbed one."""
     resume = folder.exists()
@@ -111,7 +115,7 @@ def test_kills_at_random_moments_of_training_and_saving(server, place, undisturb
     while left:
         kill = (signal.SIGKILL, signal.SIGTERM)[int(random.integers(2))]
         after, writing = random.uniform(0, 0.4), bool(random.integers(2))
-        job = {"job": "train", "folder": str(folder), "resume": folder.exists()}
+        job, before = {"job": "train", "folder": str(folder), "resume": folder.exists()}, leftovers(folder)
         (result,) = server({**job, "signal": kill, "after": after, "writing": writing})
         assert result["status"] in (0, -kill, 128 + kill), (seed, after, result)
         if result["status"] == 0:  # it came to its end before
@@ -119,7 +123,7 @@ def test_kills_at_random_moments_of_training_and_saving(server, place, undisturb
             shutil.rmtree(folder)
             continue
         check_whole(folder)
-        half = any(checkpoint.files.is_leftover(path) for path in folder.iterdir()) if folder.exists() else False
+        half = leftovers(folder) - before
         assert not half or kill == signal.SIGKILL, "an exception leaves nothing half"
         when = "while a file was half written" if half else "in saving" if writing else "in training"
         survived(f"{signal.Signals(kill).name} {when}")
