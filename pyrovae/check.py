@@ -8,7 +8,7 @@ from typing import Any
 
 import pyro
 
-from pyrovae.data import Batch, as_data, num_rows, stream
+from pyrovae.batches import Batch, as_data, num_rows, stream
 from pyrovae.noise import forked
 from pyrovae.program import LatentModel, check_keys
 from pyrovae.survey import Survey

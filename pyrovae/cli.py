@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, ExitStack, nullcontext, redirect_stdout
 from dataclasses import asdict, replace
 from datetime import datetime
 from functools import partial
@@ -21,7 +21,7 @@ from pyrovae.compiled import CompileError
 from pyrovae.evaluate import Evaluation, evaluate
 from pyrovae.fit import fit
 from pyrovae.music import write_midi
-from pyrovae.options import Compare, Evaluate, Sample, Train
+from pyrovae.options import Compare, Evaluate, Sample, Train, stored_options
 from pyrovae.processes import Processes
 from pyrovae.program import LatentModel, device_of
 from pyrovae.recipes import (
@@ -94,13 +94,11 @@ def _stored(run: Path) -> Train:
         raise FileNotFoundError(f"Expected a run folder; got {run}, which has no {checkpoint.CONFIG}")
     config = checkpoint.read_json(run / checkpoint.CONFIG)
     try:
-        stored = config["command"]
-        options: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()
-        }
-        return Train(**options)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"Expected a run made by `pyrovae train`; got {run}, without its command ({error})") from error
+        return stored_options(config["command"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"Expected a run made by `pyrovae train`; got {run / checkpoint.CONFIG}, without its command ({error})"
+        ) from error
 
 
 def _train(command: Train) -> None:
@@ -110,9 +108,9 @@ def _train(command: Train) -> None:
     lr, _ = rate_of(command), bound_of(command, len(splits.train))  # before a VAE is trained for its clusters
     processes = Processes.start(command.device, command.devices, command.num_nodes)
     folder = processes.first(lambda: _new_folder(command))
-    with _first_alone_prints(processes):
+    with _first_alone_prints(processes), ExitStack() as held:
         program, data = program_of(command, splits)
-        processes.first(lambda: _begin(command, splits, folder))
+        processes.first(lambda: _begin(command, splits, folder, held))
         print(
             f"{command.data}: {len(splits.train)} training, {len(splits.val)} validation, {len(splits.test)} test data "
             f"of {_values(splits)}, binarization {splits.binarize}\n"
@@ -155,7 +153,9 @@ def _new_folder(command: Train) -> Path:
     return folder
 
 
-def _begin(command: Train, splits: data_sets.Splits, folder: Path) -> None:
+def _begin(command: Train, splits: data_sets.Splits, folder: Path, held: ExitStack) -> None:
+    """Hold the folder, and write down what is asked of the run."""
+    held.enter_context(checkpoint.locked(folder, command.resume))
     checkpoint.open_run(folder, command.resume)
     if not command.resume:
         _record(command, splits, folder)

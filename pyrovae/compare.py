@@ -11,7 +11,7 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor
 
 from pyrovae.arguments import check_whole
-from pyrovae.data import Batch, Data, num_rows
+from pyrovae.batches import Batch, Data, num_rows
 from pyrovae.draws import Plan
 from pyrovae.noise import draw_seed
 from pyrovae.program import LatentModel

@@ -11,8 +11,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyrovae.arguments import check_whole
+from pyrovae.batches import Batch, as_data, count, num_rows, stream
 from pyrovae.compiled import Compile, Compiled
-from pyrovae.data import Batch, as_data, count, num_rows, stream
 from pyrovae.noise import draw_seed, numbered
 from pyrovae.processes import Processes, is_sharded
 from pyrovae.program import LatentModel, device_of

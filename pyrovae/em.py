@@ -10,8 +10,8 @@ from torch.nn.functional import one_hot
 from tqdm import tqdm
 
 from pyrovae.arguments import check_number, check_one_of, check_seed
+from pyrovae.batches import as_batch, check_finite
 from pyrovae.conditionals import Conditional, DiagonalNormal, FullNormal, OneHotCategorical
-from pyrovae.data import as_batch, check_finite
 from pyrovae.nets import MLP, Constant, _check_sizes
 
 Covariance = Literal["diagonal", "full"]

@@ -10,10 +10,10 @@ import pyro
 import torch
 from torch import Tensor
 
+from pyrovae.batches import Data, as_data, num_rows
 from pyrovae.clustering import Clustering, agreement, check_classes
 from pyrovae.compiled import Compile
 from pyrovae.conditionals.conditional import networks_in
-from pyrovae.data import Data, as_data, num_rows
 from pyrovae.draws import Plan, Weights
 from pyrovae.noise import draw_seed
 from pyrovae.processes import Processes

@@ -1,8 +1,10 @@
 """`fit`: what is asked of a training run, and whether it can be done."""
 
 import math
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import is_dataclass
 from functools import partial
 from pathlib import Path
@@ -14,10 +16,10 @@ from pyro.infer import ELBO
 
 from pyrovae import checkpoint
 from pyrovae.arguments import check_number, check_one_of, check_seed
+from pyrovae.batches import Data, as_data, count
 from pyrovae.bounds import bound, check_bound
 from pyrovae.compiled import Compile
 from pyrovae.conditionals.conditional import PRECISIONS
-from pyrovae.data import Data, as_data, count
 from pyrovae.noise import forked
 from pyrovae.processes import Processes
 from pyrovae.program import LatentModel
@@ -105,7 +107,8 @@ def fit(
         grad_clip: largest L2 norm of the minibatch's gradient.
         seed: of minibatches and noise; torch's random state is put back after. None goes on from the present one.
         run_dir: folder for config.json, metrics.csv, model.safetensors (the best weights), and checkpoint.pt,
-            written after an epoch, once a second at most, and when training stops.
+            written after an epoch, once a second at most, and when training stops, also by SIGTERM. One run at a
+            time holds it.
         resume: go on from the checkpoint in `run_dir`, to the very weights that an undisturbed run reaches. Torch's,
             NumPy's and Python's generators are put where they were; one of a DataLoader's own is not.
         device: auto, cpu, cuda or mps; the program stays there.
@@ -135,6 +138,8 @@ def fit(
             parameters, a checkpoint of another run.
         CompileError: where `compile` is True and the program cannot be compiled, or there is no C++ compiler.
         FileExistsError, FileNotFoundError: where `run_dir` is there and should not be, or the other way round.
+        BlockingIOError: where another run is going on in `run_dir`.
+        OSError: where `run_dir` cannot be written; the files that it has stay, and the program has the best weights.
         FloatingPointError: where the loss is not finite, naming the site; the last good checkpoint stays.
 
     Example:
@@ -188,7 +193,8 @@ def fit(
     folder = None if run_dir is None else Path(run_dir)
     processes = Processes.start(device, devices, num_nodes)
     with ExitStack() as stack:
-        saved = None if folder is None else processes.first(lambda: checkpoint.open_run(folder, resume))
+        saved = None if folder is None else processes.first(lambda: _opened(folder, resume, stack))
+        stack.enter_context(_ending_at_sigterm())
         if seed is not None:
             stack.enter_context(forked(seed))
         stack.enter_context(pyro.validation_enabled(False))
@@ -198,6 +204,30 @@ def fit(
             run.resume(saved)
         run.to_the_end(epochs, patience, progress)
     return run.history
+
+
+def _opened(folder: Path, resume: bool, stack: ExitStack) -> dict[str, Any] | None:
+    """The checkpoint to resume from, or None, in a folder that is held until training ends."""
+    stack.enter_context(checkpoint.locked(folder, resume))
+    return checkpoint.open_run(folder, resume)
+
+
+@contextmanager
+def _ending_at_sigterm() -> Iterator[None]:
+    """SIGTERM, with which a cluster takes its machine back, ends training as an exception does."""
+
+    def end(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _check_positive(**values: float | None) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import DataLoader
 
-from pyrovae.data import Batch, Data, num_rows, stream
+from pyrovae.batches import Batch, Data, num_rows, stream
 from pyrovae.draws import Draws, evenly
 from pyrovae.labels import without
 from pyrovae.noise import numbered

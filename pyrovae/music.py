@@ -5,8 +5,8 @@ from pathlib import Path
 from torch import Tensor
 
 from pyrovae.arguments import check_whole, is_number
+from pyrovae.batches import as_batch, check_finite
 from pyrovae.checkpoint import write_whole
-from pyrovae.data import as_batch, check_finite
 
 TICKS = 480  # of a quarter note
 

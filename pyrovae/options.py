@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -163,3 +163,35 @@ class Sample:
     """Of the draws."""
     npy: Path | None = None
     """Also write n draws of x, (n, D), to this .npy file."""
+
+
+def stored_options(stored: dict[str, Any]) -> Train:
+    """The options of a run, as JSON has them.
+
+    Raises:
+        TypeError: for an unknown option, or a value of another type than the option's.
+
+    Example:
+        >>> stored_options({"epochs": 7, "hidden": [20]}).hidden
+        (20,)
+    """
+    options: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()
+    }
+    hints = get_type_hints(Train)
+    wrong = [f"{name}={value!r}" for name, value in options.items() if name in hints and not _fits(value, hints[name])]
+    if wrong:
+        raise TypeError(", ".join(wrong))
+    return Train(**options)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    kinds = get_args(hint)
+    if get_origin(hint) is Literal:
+        return value in kinds
+    if get_origin(hint) is tuple:
+        kinds = kinds[:1] * len(value) if isinstance(value, tuple) and kinds[-1] is ... else kinds
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
+    if kinds:
+        return any(_fits(value, kind) for kind in kinds)
+    return isinstance(value, int | float if hint is float else hint) and (hint is bool or not isinstance(value, bool))

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from pyrovae.arguments import check_whole
+from pyrovae.batches import as_batch
 from pyrovae.compare import Comparison
-from pyrovae.data import as_batch
 from pyrovae.nets import _check_image_shape
 from pyrovae.program import LatentModel
 from pyrovae.quadrants import Quadrant, pixels_of

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from pyrovae.data import Batch, num_rows
+from pyrovae.batches import Batch, num_rows
 from pyrovae.noise import draw_seed, forked
 
 Value = TypeVar("Value")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import OneHotCategorical
 
 from pyrovae.arguments import check_seed, check_whole, is_number
-from pyrovae.data import Batch, as_batch
+from pyrovae.batches import Batch, as_batch
 from pyrovae.labels import Fixed, Label, site_of, without
 from pyrovae.noise import forked
 

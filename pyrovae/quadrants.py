@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyrovae.arguments import check_one_of
-from pyrovae.data import Batch, Data
+from pyrovae.batches import Batch, Data
 from pyrovae.nets import _check_image_shape
 
 Quadrant = Literal["top-left", "top-right", "bottom-left", "bottom-right"]

@@ -16,9 +16,9 @@ from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
 from pyrovae import checkpoint
+from pyrovae.batches import Batch, Data, stream
 from pyrovae.check import warn_of_findings
 from pyrovae.conditionals.conditional import networks_in
-from pyrovae.data import Batch, Data, stream
 from pyrovae.draws import Draws
 from pyrovae.measure import SEED, Part, check_any
 from pyrovae.noise import forked
@@ -326,14 +326,18 @@ class Run:
             before = saved["settings"].get(name, value)
             if before != value:
                 raise ValueError(f"Expected {name}={before}, as the run to resume has; got {value}")
-        checkpoint.fill(self.program, saved["program"], f"{self.folder}/{checkpoint.CHECKPOINT}")
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.history, self.best_epoch = saved["history"], saved["best_epoch"]
-        self.best = {name: value.to(self.processes.device) for name, value in saved["best"].items()}
-        self.generator.set_state(saved["generator"])
-        noise, rank = saved["random"], self.processes.rank
-        if rank < len(noise):
-            checkpoint.restore_random_state(noise[rank])
-        else:  # more processes than before
-            ahead = self.generator.clone_state()
-            torch.manual_seed(int(torch.randint(2**62, (), generator=ahead)) + rank)
+        path = f"{self.folder}/{checkpoint.CHECKPOINT}"
+        if saved["best"]:
+            checkpoint.check_weights(self.program, saved["best"], path)
+        checkpoint.fill(self.program, saved["program"], path)
+        with checkpoint.parsing(path, "a checkpoint of this run"):
+            checkpoint.restore_optimizer(self.optimizer, saved["optimizer"])
+            self.history, self.best_epoch = saved["history"], saved["best_epoch"]
+            self.best = {name: value.to(self.processes.device) for name, value in saved["best"].items()}
+            self.generator.set_state(saved["generator"])
+            if self.processes.rank < len(saved["random"]):
+                checkpoint.restore_random_state(saved["random"][self.processes.rank])
+                return
+        # more processes than before
+        ahead = self.generator.clone_state()
+        torch.manual_seed(int(torch.randint(2**62, (), generator=ahead)) + self.processes.rank)

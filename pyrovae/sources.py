@@ -6,37 +6,39 @@ import math
 import os
 import struct
 import zipfile
-import zlib
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-# Addresses and checksums as torchvision has them.
+from pyrovae.files import parsing, printable
+
+# Addresses as torchvision has them, and the checksums of the files that it has there.
 IDX_SOURCES: dict[str, tuple[str, dict[str, str]]] = {
     "mnist": (
         "https://ossci-datasets.s3.amazonaws.com/mnist/",
         {
-            "train-images-idx3-ubyte.gz": "md5:f68b3c2dcbeaaa9fbdd348bbdeb94873",
-            "train-labels-idx1-ubyte.gz": "md5:d53e105ee54ea40749a09fcbcd1e9432",
-            "t10k-images-idx3-ubyte.gz": "md5:9fb629c4189551a2d022fa330f9573f3",
-            "t10k-labels-idx1-ubyte.gz": "md5:ec29112dd5afa0611ce80d1b7f02629c",
+            "train-images-idx3-ubyte.gz": "sha256:440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+            "train-labels-idx1-ubyte.gz": "sha256:3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+            "t10k-images-idx3-ubyte.gz": "sha256:8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+            "t10k-labels-idx1-ubyte.gz": "sha256:f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
         },
     ),
     "fashion-mnist": (
         "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
         {
-            "train-images-idx3-ubyte.gz": "md5:8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-            "train-labels-idx1-ubyte.gz": "md5:25c81989df183df01b3e8a0aad5dffbe",
-            "t10k-images-idx3-ubyte.gz": "md5:bef4ecab320f06d8554ea6380940ec79",
-            "t10k-labels-idx1-ubyte.gz": "md5:bb300cfdad3c16e7a12a480ee83cd310",
+            "train-images-idx3-ubyte.gz": "sha256:3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+            "train-labels-idx1-ubyte.gz": "sha256:a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+            "t10k-images-idx3-ubyte.gz": "sha256:346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+            "t10k-labels-idx1-ubyte.gz": "sha256:67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
         },
     ),
 }
 LABELLED = ("digits", *IDX_SOURCES)
 NAMES = ("digits", *IDX_SOURCES, "binarized-mnist", "frey-faces", "jsb-chorales")
 LOWEST, HIGHEST = 21, 108  # the keys of a piano, as MIDI counts pitches
+UNPACKED = 2**30, 100  # bytes that a file may be unpacked to, or so many times its own
 
 
 class Part(NamedTuple):
@@ -63,11 +65,11 @@ def read(name: str) -> list[Part]:
     elif name in IDX_SOURCES:
         parts = _read_idx_set(name)
     elif name == "binarized-mnist":
-        archive = _known_arrays(name, "binarized_mnist.npz", "train", "valid", "test")
+        archive = _known_arrays(name, "binarized_mnist.npz", (98,), "train", "valid", "test")
         bits = [np.unpackbits(part, axis=1).reshape(-1, 28, 28) for part in archive]
         parts = [Part(part.astype(np.float32)) for part in bits]
     elif name == "frey-faces":
-        (images,) = _known_arrays(name, "frey_faces.npz", "images")
+        (images,) = _known_arrays(name, "frey_faces.npz", (28, 20), "images")
         parts = [Part(part) for part in np.split(images, [int(0.8 * len(images)), int(0.9 * len(images))])]
     elif name == "jsb-chorales":
         parts = _read_chorales(_known_file(name, "jsb-chorales-quarter.json"))
@@ -95,11 +97,11 @@ def _read_own(path: Path) -> list[Part]:
         arrays["valid"] = arrays.pop("val")
     if {"train", "valid", "test"} <= arrays.keys():
         parts = [arrays[part] for part in ("train", "valid", "test")]
-        if len({part.shape[1:] for part in parts}) != 1:
+        if len({part.shape[1:] for part in parts}) != 1 or not all(part.ndim for part in parts):
             raise ValueError(f"Expected parts of one datum's shape in {path}; got {[part.shape for part in parts]}")
         return [Part(part) for part in parts]
     if "x" not in arrays:
-        raise ValueError(f"Expected {path} to hold train, val and test, or x; got {', '.join(arrays) or 'nothing'}")
+        raise ValueError(f"Expected {path} to hold train, val and test, or x; got {_names(arrays)}")
     x, y = arrays["x"], arrays.get("y")
     if x.ndim < 2 or len(x) < 10:
         raise ValueError(f"Expected at least 10 data in an array (N, ...); got shape {x.shape} in {path}")
@@ -116,18 +118,19 @@ def _read_own(path: Path) -> list[Part]:
 
 def _read_chorales(path: Path) -> list[Part]:
     """Chords, lists of MIDI pitches, as piano rolls: 88 keys at each step."""
-    try:
-        chorales = json.loads(path.read_text())
+    with parsing(path, "train, valid and test, lists of lists of chords, in a file"):
+        chorales = json.loads(path.read_bytes())
         return [_piano_rolls(chorales[part]) for part in ("train", "valid", "test")]
-    except (ValueError, TypeError, KeyError, IndexError) as error:
-        raise ValueError(
-            f"Expected {path} to hold train, valid and test, lists of lists of chords; got {error!r}"
-        ) from error
 
 
 def _piano_rolls(sequences: list[list[list[float]]]) -> Part:
     lengths = np.array([len(chords) for chords in sequences])
-    rolls = np.zeros((len(sequences), lengths.max(), HIGHEST - LOWEST + 1), np.float32)
+    if lengths.min() < 1:
+        raise ValueError("a chorale without chords")
+    shape = (len(sequences), int(lengths.max()), HIGHEST - LOWEST + 1)
+    if 4 * math.prod(shape) > UNPACKED[0]:
+        raise ValueError(f"piano rolls of shape {shape}, which are too large")
+    rolls = np.zeros(shape, np.float32)
     for roll, chords in zip(rolls, sequences, strict=True):
         for step, chord in zip(roll, chords, strict=False):
             keys = [int(pitch) - LOWEST for pitch in chord]
@@ -139,21 +142,62 @@ def _piano_rolls(sequences: list[list[list[float]]]) -> Part:
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
     """The arrays of an .npz archive by their names, or that of an .npy file as x; pickled objects are refused."""
-    try:
-        with path.open("rb") as file:
-            found = np.load(file, allow_pickle=False)
-            return dict(found) if isinstance(found, np.lib.npyio.NpzFile) else {"x": found}
-    except (ValueError, EOFError, OSError, zlib.error, zipfile.BadZipFile) as error:
-        raise ValueError(f"Expected a NumPy file without pickled objects; got {path}: {error}") from error
+    with parsing(path, "a NumPy file without pickled objects"):
+        if not zipfile.is_zipfile(path):
+            with path.open("rb") as file:
+                return {"x": _read_array(file, path.stat().st_size)}
+        with zipfile.ZipFile(path) as archive:
+            members = [member for member in archive.infolist() if member.filename.endswith(".npy")]
+            _check_unpacked(path, sum(member.file_size for member in members))
+            if any(member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for member in members):
+                raise ValueError("it is compressed in another way than NumPy does")
+            arrays = {}
+            for member in members:
+                with archive.open(member) as file:
+                    arrays[member.filename.removesuffix(".npy")] = _read_array(file, member.file_size)
+            return arrays
 
 
-def _known_arrays(name: str, file: str, *keys: str) -> list[np.ndarray]:
-    """Arrays of the file of a set that has no checked download."""
+def _read_array(file: IO[bytes], size: int) -> np.ndarray:
+    """The array of an .npy file of so many bytes; what its header claims must be there, and no more."""
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    version = np.lib.format.read_magic(file)
+    if version not in readers:
+        raise ValueError(f"it has version {version} of the format")
+    shape, _, dtype = readers[version](file)
+    claimed = math.prod(shape) * dtype.itemsize
+    if dtype.hasobject or min(shape, default=0) < 0 or claimed != size - file.tell():
+        raise ValueError(f"its header claims {dtype} of shape {shape}, in {size} bytes")
+    if math.prod(max(length, 1) for length in shape) > max(claimed, 2**20):
+        raise ValueError(f"it has no bytes for shape {shape}")
+    file.seek(0)
+    array = np.lib.format.read_array(file, allow_pickle=False)
+    if file.read(1):  # at its end the checksum of an archive is compared
+        raise ValueError("it goes on after its end")
+    return array
+
+
+def _check_unpacked(path: Path, size: int) -> None:
+    """Raises ValueError for a small file that unpacks to a large one."""
+    if size > max(UNPACKED[0], UNPACKED[1] * path.stat().st_size):
+        raise ValueError(f"it unpacks to {size:,} bytes, from {path.stat().st_size:,}")
+
+
+def _known_arrays(name: str, file: str, shape: tuple[int, ...], *keys: str) -> list[np.ndarray]:
+    """Arrays of bytes (N, *shape) of the file of a set that has no checked download."""
     path = _known_file(name, file)
     arrays = _arrays(path)
     if not set(keys) <= arrays.keys():
-        raise ValueError(f"Expected {path} to hold {', '.join(keys)}; got {', '.join(arrays)}")
-    return [arrays[key] for key in keys]
+        raise ValueError(f"Expected {path} to hold {', '.join(keys)}; got {_names(arrays)}")
+    found = [arrays[key] for key in keys]
+    if any(part.shape[1:] != shape or part.dtype != np.uint8 or len(part) < 10 for part in found):
+        got = ", ".join(f"{part.dtype} {part.shape}" for part in found)
+        raise ValueError(f"Expected bytes of shape (N, {', '.join(map(str, shape))}) in {path}; got {got}")
+    return found
+
+
+def _names(arrays: dict[str, np.ndarray]) -> str:
+    return printable(", ".join(arrays)) or "nothing"
 
 
 def _data_folder() -> Path | None:
@@ -201,18 +245,18 @@ def _idx_file(name: str, file: str) -> Path:
         raise FileNotFoundError(
             f"Expected {name}/{file} in the folder that PYROVAE_DATA names, or a network to download it; got {error}"
         ) from error
+    except ValueError as error:  # it is not kept
+        raise ValueError(f"Expected {address}{file} with {hashes[file]}; got another file: {error}") from error
 
 
 def _read_idx(path: Path) -> np.ndarray:
     """An idx file: two zero bytes, the type (8: bytes), the rank, the sizes (big-endian), the values."""
-    try:
-        with gzip.open(path) as file:
-            content = file.read()
-        zeros, kind, rank = struct.unpack(">HBB", content[:4])
-        shape = struct.unpack(f">{rank}I", content[4 : 4 + 4 * rank])
-        values = np.frombuffer(content, np.uint8, offset=4 + 4 * rank)
-        if (zeros, kind) != (0, 8) or math.prod(shape) != len(values):
+    with parsing(path, "a gzipped idx file of bytes"), gzip.open(path) as file:
+        zeros, kind, rank = struct.unpack(">HBB", file.read(4))
+        shape = struct.unpack(f">{rank}I", file.read(4 * rank))
+        size = math.prod(shape)
+        _check_unpacked(path, size)
+        values = np.frombuffer(file.read(size + 1), np.uint8)  # at its end the checksum is compared
+        if (zeros, kind) != (0, 8) or len(values) != size:
             raise ValueError("header and length disagree")
-    except (OSError, EOFError, struct.error, zlib.error, ValueError) as error:
-        raise ValueError(f"Expected a gzipped idx file of bytes; got {path}: {error}") from error
-    return values.reshape(shape)
+        return values.reshape(shape)

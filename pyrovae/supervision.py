@@ -10,8 +10,8 @@ import torch
 from pyro.infer import ELBO, TraceEnum_ELBO
 from torch import Tensor
 
+from pyrovae.batches import Batch, Data, num_rows
 from pyrovae.bounds import TracedELBO
-from pyrovae.data import Batch, Data, num_rows
 from pyrovae.labels import Fixed, Label, enumerated, site_of, without
 from pyrovae.noise import forked
 from pyrovae.program import LatentModel

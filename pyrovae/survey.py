@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook
 
-from pyrovae.data import Batch, as_batch, check_finite, num_rows
+from pyrovae.batches import Batch, as_batch, check_finite, num_rows
 from pyrovae.labels import Fixed, Label, Shared, without
 from pyrovae.noise import forked
 from pyrovae.program import LatentModel, check_keys, device_of, told

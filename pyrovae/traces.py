@@ -12,7 +12,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyrovae.arguments import check_whole
-from pyrovae.data import Batch
+from pyrovae.batches import Batch
 from pyrovae.program import LatentModel
 
 PARTICLES = "pyrovae particles"  # name of the plate: none that a program is likely to use itself

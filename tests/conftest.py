@@ -49,3 +49,16 @@ def pytest_testnodedown(node) -> None:
     terminal = node.config.pluginmanager.get_plugin("terminalreporter")
     number = getattr(node, "workeroutput", {}).get("deselected", 0)
     terminal.stats["deselected"] = [SimpleNamespace() for _ in range(number)]  # hypothesis looks into each
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """How many faults were injected and survived, by kind."""
+    counts: dict[str, int] = {}
+    for report in terminalreporter.stats.get("passed", []):
+        for name, found in getattr(report, "user_properties", ()):
+            for kind, count in found.items() if name == "faults" else ():
+                counts[kind] = counts.get(kind, 0) + count
+    if counts:
+        terminalreporter.write_sep("=", f"{sum(counts.values())} faults survived")
+        for kind, count in sorted(counts.items()):
+            terminalreporter.write_line(f"{count:6d}  {kind}")

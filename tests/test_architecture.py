@@ -15,14 +15,16 @@ from pyrovae.traces import replayed_guide
 
 PACKAGE = Path(pyrovae.__file__).parent
 FLOORS = [
-    ("sequences", "noise", "arguments"),
+    ("sequences", "noise", "arguments", "files"),
     ("nets", "reference", "weights", "sources", "watch", "inductor", "options", "clustering", "attention", "streams"),
+    ("batches",),
     ("data",),
     ("conditionals", "labels", "quadrants", "processes"),
     ("program", "em"),
     ("functions", "traces", "compiled"),
     ("survey",),
     ("models", "bounds", "schedules", "symptoms"),
+    ("configuration",),
     ("checkpoint", "check", "objectives", "draws", "supervision"),
     ("evaluate", "compare", "measure"),
     ("run",),

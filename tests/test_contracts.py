@@ -9,7 +9,7 @@ from pyro.infer import SVI, Trace_ELBO
 from torch.testing import assert_close
 
 import pyrovae
-from pyrovae import checkpoint, fit, log_weights
+from pyrovae import checkpoint, configuration, fit, log_weights
 from pyrovae.survey import Survey, draw
 from pyrovae.traces import sample_sites
 
@@ -174,9 +174,9 @@ def mean_or_draw(likelihood):
 @everyone
 def test_configuration_builds_the_same_class(entry):
     program = entry.make()
-    config = checkpoint.describe(program)
-    again = checkpoint.build(config)
-    assert checkpoint.describe(again) == config
+    config = configuration.describe(program)
+    again = configuration.build(config)
+    assert configuration.describe(again) == config
     again.load_state_dict(program.state_dict())
     batch = entry.batch(3)
     torch.manual_seed(0)

@@ -4,8 +4,12 @@ import gzip
 import hashlib
 import math
 import os
+import re
 import struct
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -15,7 +19,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from pyrovae.data import Data, Splits, as_batch, as_data, count, load, stream
+from pyrovae.batches import as_data, count, stream
+from pyrovae.data import Data, Splits, as_batch, load
+from pyrovae.sources import IDX_SOURCES
 
 KNOWN = {"mnist": "mnist", "binarized-mnist": "binarized_mnist", "frey-faces": "frey_faces"}
 PARTS = ("train", "val", "test")
@@ -286,6 +292,66 @@ def test_neither_a_folder_nor_a_network(tmp_path, monkeypatch):
     expected = "Expected fashion-mnist/train-images-idx3-ubyte.gz .*PYROVAE_DATA .*network"
     with pytest.raises(FileNotFoundError, match=expected):
         load("fashion-mnist")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A server on this machine in the place of Fashion-MNIST's, and an empty cache; gives the served folder too."""
+    (tmp_path / "served").mkdir()
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "served"))
+    monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *_: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for proxy in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(proxy, raising=False)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address, hashes = f"http://127.0.0.1:{server.server_port}/", dict(IDX_SOURCES["fashion-mnist"][1])
+        monkeypatch.setitem(IDX_SOURCES, "fashion-mnist", (address, hashes))
+        yield tmp_path / "cache", tmp_path / "served", hashes
+        server.shutdown()
+
+
+@pytest.mark.parametrize("right", [False, True])
+def test_a_download_is_read_only_if_its_hash_is_the_known_one(cache, right):
+    folder, served, hashes = cache
+    for part, n in (("train", 60_000), ("t10k", 10_000)):
+        for name, array in (
+            (f"{part}-images-idx3-ubyte.gz", np.ones((n, 1, 1))),
+            (f"{part}-labels-idx1-ubyte.gz", np.ones(n)),
+        ):
+            content = gzip.compress(idx(array.astype(np.uint8)), 1)
+            (served / name).write_bytes(content)
+            if right:
+                hashes[name] = f"sha256:{hashlib.sha256(content).hexdigest()}"
+    if right:
+        assert len(load("fashion-mnist").train) == 50_000
+        return
+    with pytest.raises(ValueError, match=r"Expected http.*train-images-idx3-ubyte.gz with sha256:3aede38.*got another"):
+        load("fashion-mnist")
+    assert not [path for path in folder.rglob("*") if path.is_file()], "what was refused is not kept"
+
+
+def test_every_download_has_a_sha256():
+    hashes = [known for _, files in IDX_SOURCES.values() for known in files.values()]
+    assert len(set(hashes)) == 8
+    assert all(re.fullmatch(r"sha256:[0-9a-f]{64}", known) for known in hashes)
+
+
+def test_a_small_file_that_unpacks_to_a_large_one_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("pyrovae.sources.UNPACKED", (10_000, 3))
+    path = tmp_path / "own.npz"
+    np.savez_compressed(path, x=np.zeros((1000, 2)))
+    with pytest.raises(ValueError, match=r"Expected a NumPy file .*own.npz.*: it unpacks to 16,\d+ bytes, from \d+"):
+        load(path)
+    np.savez(path, x=np.zeros((1000, 2)))
+    assert len(load(path).train) == 800
+
+
+def test_a_header_that_claims_what_is_not_there_is_refused(tmp_path):
+    path = saved(tmp_path, "own.npy", x=images())
+    path.write_bytes(path.read_bytes().replace(b"(50, 2, 3)", b"(49, 2, 3)"))
+    with pytest.raises(ValueError, match=r"own.npy.*its header claims float64 of shape \(49, 2, 3\)"):
+        load(path)
 
 
 def test_own_sequences_keep_their_lengths(tmp_path):

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pyro
@@ -345,6 +346,70 @@ def test_a_run_that_ended_early_resumes_to_nothing_more(tmp_path):
     again = VAE.mlp(4, 3, (50,), likelihood=DiagonalNormal)
     assert quiet(again, x, val, epochs=200, resume=True, **options) == history
     assert all(torch.equal(p, q) for p, q in zip(program.parameters(), again.parameters(), strict=True))
+
+
+def test_sigterm_ends_training_at_the_last_whole_epoch(tmp_path):
+    """As an exception does; then the run goes on to the same end, and the signal is what it was."""
+    x, weights = correlated(30), []
+
+    def terminating(epoch):
+        if epoch == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return 0.01
+
+    for run, rate, resume in (("whole", lambda _: 0.01, False), ("cut", terminating, False), ("cut", None, True)):
+        torch.manual_seed(1)
+        program = LinearGaussian(4, 1)
+        options = {"epochs": 6, "seed": 0, "run_dir": tmp_path / run, "resume": resume}
+        if run == "cut":
+            rate = rate or (lambda _: 0.01)
+            rate.__name__ = "<lambda>"
+        if rate is terminating:
+            with pytest.raises(SystemExit) as ended:
+                quiet(program, x, lr=rate, **options)
+            assert ended.value.code == 128 + signal.SIGTERM
+            assert len(checkpoint.read_checkpoint(tmp_path / "cut" / "checkpoint.pt")["history"]) == 3
+        else:
+            quiet(program, x, lr=rate, **options)
+            weights.append(torch.cat([p.detach().flatten() for p in program.parameters()]))
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert torch.equal(*weights)
+
+
+def test_a_full_disk_leaves_the_best_weights_in_the_program_and_the_old_files(tmp_path, monkeypatch):
+    x, val, weights = correlated(30), correlated(20, seed=1), []
+    monkeypatch.setattr("pyrovae.run.SECONDS_BETWEEN_WRITES", -1)
+    for run, epochs in (("short", 3), ("full", 9)):
+        torch.manual_seed(1)
+        program = LinearGaussian(4, 1)
+
+        def rate(epoch, run=run):
+            if run == "full" and epoch == 4:  # from now on, the disk is full
+                (tmp_path / run / f".model.safetensors.{os.getpid()}.part").symlink_to("/dev/full")
+                monkeypatch.setattr("pathlib.Path.unlink", lambda self, missing_ok=False: None)
+            return 1e-9 if epoch > 3 else 0.01  # the third is the best
+
+        options = {"epochs": epochs, "lr": rate, "seed": 0, "run_dir": tmp_path / run}
+        if run == "short":
+            quiet(program, x, val, **options)
+        else:
+            with pytest.raises(OSError, match=r"No space left on device: '.*model.safetensors'"):
+                quiet(program, x, val, **options)
+        weights.append(torch.cat([p.detach().flatten() for p in program.parameters()]))
+    monkeypatch.undo()
+    assert_close(*weights, rtol=0, atol=1e-6)
+    files = [(tmp_path / run / "model.safetensors").read_bytes() for run in ("short", "full")]
+    assert files[0] == files[1]
+
+
+def test_a_folder_in_which_a_run_is_going_on_is_refused(tmp_path):
+    def nested(epoch):
+        if epoch == 2:
+            with ThreadPoolExecutor(1) as pool, pytest.raises(BlockingIOError, match="another run is going on"):
+                pool.submit(quiet, vae(), X, epochs=1, run_dir=tmp_path / "r", resume=True).result()
+        return 0.01
+
+    assert len(quiet(vae(), X, epochs=2, run_dir=tmp_path / "r", lr=nested)) == 2
 
 
 # --- bad input -------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from pyro.distributions.transforms import AffineAutoregressive, AffineCoupling, 
 from torch import Tensor, nn
 from torch.autograd.functional import jacobian
 
-from pyrovae import VAE, LinearGaussian, checkpoint, fit
+from pyrovae import VAE, LinearGaussian, configuration, fit
 from pyrovae.conditionals import (
     Conditional,
     HouseholderFlow,
@@ -264,7 +264,7 @@ def test_training_begins_near_the_gaussian():
 @flows
 def test_a_posterior_of_the_usual_constructor_saves_loads_and_learns(flow):
     vae = VAE.mlp(6, 3, (8,), posterior=flow)
-    again = checkpoint.build(checkpoint.describe(vae))
+    again = configuration.build(configuration.describe(vae))
     again.load_state_dict(vae.state_dict())
     z, x = torch.randn(4, 3), torch.rand(4, 6)
     assert torch.equal(vae.posterior(x).log_prob(z), again.posterior(x).log_prob(z))

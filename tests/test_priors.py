@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import pyrovae
-from pyrovae import VAE, ConvEncoder, checkpoint, fit
+from pyrovae import VAE, ConvEncoder, configuration, fit
 from pyrovae.conditionals import (
     AutoregressivePrior,
     Bernoulli,
@@ -180,11 +180,11 @@ def test_a_posterior_of_its_own_stays_its_own(tmp_path):
 
 
 def test_a_configuration_that_shares_what_is_not_there_is_refused():
-    config = checkpoint.describe(vamp())
+    config = configuration.describe(vamp())
     assert config["arguments"]["posterior"] == {"shared": "prior.posterior"}
     config["arguments"]["posterior"] = {"shared": "elsewhere"}
     with pytest.raises(ValueError, match="described before; got 'elsewhere'"):
-        checkpoint.build(config)
+        configuration.build(config)
 
 
 def test_pseudo_inputs_start_from_data():

@@ -15,7 +15,8 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, TensorDataset
 
 from pyrovae import GaussianMixture, LinearGaussian, evaluate, fit
-from pyrovae.data import Blocks, OnDisk, as_data, count, in_epochs, load, stream
+from pyrovae.batches import as_data, count, stream
+from pyrovae.data import Blocks, OnDisk, in_epochs, load
 from pyrovae.schedules import Linear
 
 # --- files -------------------------------------------------------------------------------

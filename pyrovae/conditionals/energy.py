@@ -53,7 +53,9 @@ class EnergyPrior(Conditional):
         super().__init__(net)
         _check_sizes(dim=dim, num_samples=num_samples, num_candidates=num_candidates)
         self.dim, self.num_samples, self.num_candidates = dim, num_samples, num_candidates
-        noise = torch.randn(num_samples, dim, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+        # drawn where a seed gives the same for every device; not at all for a program that is built without memory
+        device = "meta" if torch.get_default_device().type == "meta" else "cpu"
+        noise = torch.empty(num_samples, dim, device=device).normal_(generator=torch.Generator("cpu").manual_seed(0))
         self.register_buffer("noise", noise, persistent=False)
 
     @classmethod

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyrovae.arguments import check_whole
-from pyrovae.data import Batch, Data
+from pyrovae.batches import Batch, Data
 from pyrovae.labels import without
 from pyrovae.learning.local import Latent, LocalGuide, log_joint, prepared, running
 from pyrovae.program import LatentModel

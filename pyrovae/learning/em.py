@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyrovae.arguments import check_whole
-from pyrovae.data import Batch, Data
+from pyrovae.batches import Batch, Data
 from pyrovae.evaluate import evaluate
 from pyrovae.fit import _check_objects, _check_positive
 from pyrovae.labels import without

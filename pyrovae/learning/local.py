@@ -15,8 +15,8 @@ from torch.distributions import biject_to
 from torch.distributions.transforms import identity_transform
 
 from pyrovae.arguments import check_seed, check_whole
+from pyrovae.batches import Batch, Data, as_data, num_rows
 from pyrovae.conditionals.density import LogScaleNormal
-from pyrovae.data import Batch, Data, as_data, num_rows
 from pyrovae.labels import without
 from pyrovae.noise import forked
 from pyrovae.program import LatentModel, check_keys, device_of, told

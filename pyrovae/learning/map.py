@@ -10,8 +10,8 @@ from pyro.infer import ELBO
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from pyrovae.batches import Batch, as_data, count, stream
 from pyrovae.bounds import bound, check_bound
-from pyrovae.data import Batch, as_data, count, stream
 from pyrovae.fit import _check_objects, fit
 from pyrovae.learning.local import FIRST
 from pyrovae.noise import forked

@@ -213,7 +213,7 @@ class MaskedMLP(nn.Module):
             raise ValueError(f"Expected hidden layers of at least {dim - least} units, one a degree; got {self.hidden}")
         units = [least + torch.arange(size) % (dim - least) for size in hidden]
         degrees = [place, *units, place.repeat(outputs) - 1]
-        self.order = place.argsort().tolist()
+        self.order = list(range(dim))[:: -1 if reverse else 1]
         self.function = _activation(activation)()
         self.layers = nn.ModuleList(nn.Linear(len(below), len(above)) for below, above in pairwise(degrees))
         for i, (below, above) in enumerate(pairwise(degrees)):

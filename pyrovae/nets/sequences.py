@@ -132,7 +132,7 @@ class BackwardRNN(nn.Module):
 
 
 def _inverse_softplus(value: float) -> float:
-    return torch.tensor(value).expm1().log().item()
+    return torch.tensor(value, device="cpu").expm1().log().item()
 
 
 def _log_softplus(s: Tensor) -> Tensor:

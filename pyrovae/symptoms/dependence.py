@@ -8,7 +8,7 @@ import pyro.poutine as poutine
 import torch
 from torch import Tensor, nn
 
-from pyrovae.data import Batch, num_rows
+from pyrovae.batches import Batch, num_rows
 from pyrovae.labels import without
 from pyrovae.program import LatentModel, check_keys
 from pyrovae.survey import Survey

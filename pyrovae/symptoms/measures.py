@@ -8,8 +8,8 @@ import torch
 from pyro.infer import TraceEnum_ELBO
 from torch import nn
 
+from pyrovae.batches import Batch, num_rows
 from pyrovae.compiled import Compiled, CompileError
-from pyrovae.data import Batch, num_rows
 from pyrovae.labels import enumerated
 from pyrovae.program import LatentModel
 from pyrovae.survey import Survey, draw

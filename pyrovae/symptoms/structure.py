@@ -6,7 +6,7 @@ from typing import Any
 import pyro.poutine as poutine
 import torch
 
-from pyrovae.data import Batch, num_rows
+from pyrovae.batches import Batch, num_rows
 from pyrovae.program import LatentModel
 from pyrovae.survey import Survey, draw
 from pyrovae.symptoms.finding import Finding, aside, own_error
