@@ -29,7 +29,7 @@ from pyrovae.supervision import Labels
 from pyrovae.traces import check_arguments
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
-OPTIONAL = ("labeled_batch_size", "patience", "grad_clip")
+OPTIONAL = ("devices", "labeled_batch_size", "patience", "grad_clip")
 
 
 def fit(

@@ -247,7 +247,7 @@ def test_a_bit_that_flipped_in_the_weights_is_told(tmp_path):
 def test_a_bit_that_flipped_in_a_tensor_of_a_checkpoint_is_told(tmp_path):
     """Torch does not look at its archives' checksums."""
     content = {"settings": {}, "history": [], "program": {"a": torch.arange(100.0)}, "best": {}, "best_epoch": 0}
-    write_checkpoint(tmp_path, {**content, "optimizer": {}, "random": {}})
+    write_checkpoint(tmp_path, {**content, "optimizer": {}, "random": []})
     path = tmp_path / "checkpoint.pt"
     assert torch.equal(read_checkpoint(path)["program"]["a"], torch.arange(100.0))
     assert torch.equal(torch.load(path, weights_only=True)["program"]["a"], torch.arange(100.0)), "torch's own, still"

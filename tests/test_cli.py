@@ -286,7 +286,7 @@ def test_m2_needs_labels(monkeypatch, capsys, tmp_path):
     for arguments, message in (
         (["--data", tmp_path / "x.npy"], "a data set with labels"),
         (["--labels", "0"], "--labels to be positive"),
-        (["--labels", "5"], "per_class to be at least 1"),
+        (["--labels", "5"], "per_class to be a whole number of at least 1"),
     ):
         with pytest.raises(SystemExit):
             run(monkeypatch, "train", "--model", "m2", *arguments, "--out", tmp_path / "r")

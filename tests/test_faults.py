@@ -444,9 +444,9 @@ def hostile_checkpoints(good: dict) -> list[bytes]:
     files += [changed(*state, value=value) for value in (one, average[:1], one.expand(10**12), "text", None)]
     files += [changed("optimizer", "param_groups", value=value) for value in ([], [{}], "text", None)]
     files += [changed("optimizer", "param_groups", 0, "betas", value=value) for value in ("text", 3)]
-    files += [changed("random", "numpy", value=("MT19937", torch.zeros(624), 10.0**9, 0.0, 0.0))]
-    files += [changed("random", "python", value=value) for value in ((3, (1, 2), None), "text")]
-    files += [changed("random", "torch", value=value) for value in (one, torch.zeros(5056, dtype=torch.uint8))]
+    files += [changed("random", 0, "numpy", value=("MT19937", torch.zeros(624), 10.0**9, 0.0, 0.0))]
+    files += [changed("random", 0, "python", value=value) for value in ((3, (1, 2), None), "text")]
+    files += [changed("random", 0, "torch", value=value) for value in (one, torch.zeros(5056, dtype=torch.uint8))]
     return [*files, *_torch_bombs()]
 
 

@@ -46,3 +46,11 @@ def test_every_option_that_is_named_exists():
 def test_every_link_to_a_file_leads_somewhere():
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README.read_text()):
         assert (README.parent / target).exists(), target
+
+
+def test_every_test_that_is_named_exists():
+    file, named = "", re.findall(r"`(tests/\w+\.py)?::(test_\w+)`", README.read_text())
+    assert len(named) > 10
+    for found, name in named:
+        file = found or file
+        assert f"def {name}(" in (README.parent / file).read_text(), f"{file}::{name}"
