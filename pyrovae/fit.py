@@ -3,7 +3,7 @@
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import is_dataclass
 from functools import partial
@@ -157,7 +157,9 @@ def fit(
     _check_positive(epochs=epochs, batch_size=batch_size, labeled_batch_size=labeled_batch_size)
     _check_positive(devices=devices, num_nodes=num_nodes)
     _check_positive(lr=rate(1), patience=patience, grad_clip=grad_clip)
-    _check_known(device=(device, DEVICES), precision=(precision, PRECISIONS), labels=(labels, get_args(Labels)))
+    check_one_of(DEVICES, device=device)
+    check_one_of(PRECISIONS, precision=precision)
+    check_one_of(get_args(Labels), labels=labels)
     _check_objects(elbo, optimizer)
     if seed is not None:
         check_seed(seed)
@@ -238,13 +240,6 @@ def _check_positive(**values: float | None) -> None:
             continue
         if isinstance(value, bool) or value is None or not (sound and value > 0 and math.isfinite(value)):
             raise ValueError(f"Expected {name} to be a positive {'whole ' if whole else ''}number; got {value!r}")
-
-
-def _check_known(**options: tuple[Any, Iterable[str]]) -> None:
-    for name, (value, known) in options.items():
-        check_one_of(known, **{name: value})
-        if value == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"Expected {name} to be one that is here; got 'cuda', and torch finds none")
 
 
 def _check_data(train: Any, labeled: Any, supervised_weight: float | None) -> None:

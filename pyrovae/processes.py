@@ -46,6 +46,8 @@ class Processes:
             ValueError: for another number of processes than a launcher has started; for a Python prompt or notebook,
                 which cannot start others; for a device that is not here.
         """
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("Expected device to be one that is here; got 'cuda', and torch finds none")
         if devices is None and num_nodes == 1:
             devices, num_nodes = _launched()
         size = (devices or 1) * num_nodes
