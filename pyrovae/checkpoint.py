@@ -8,7 +8,8 @@ import random
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import version
+from functools import cache
+from importlib import metadata
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ PARTS = {"pyrovae": str, "settings": dict, "history": list, "program": dict, "op
          "best_epoch": int, "random": list}  # fmt: skip
 PARAM = "pyro_params."
 FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+
+
+version = cache(metadata.version)  # read once: what is installed may be out of reach, or another, when a run is saved
 
 
 def save(program: LatentModel, path: str | Path) -> None:

@@ -79,7 +79,7 @@ def test_chorales_from_a_file_that_is_none(tmp_path, monkeypatch):
     (tmp_path / "jsb_chorales").mkdir()
     for content in ("no json", '{"train": []}', '{"train": [[[200]]], "valid": [[[60]]], "test": [[[60]]]}'):
         (tmp_path / "jsb_chorales" / "jsb-chorales-quarter.json").write_text(content)
-        with pytest.raises(ValueError, match=r"Expected .*jsb-chorales-quarter.json to hold train, valid and test"):
+        with pytest.raises(ValueError, match=r"Expected train, valid and test, .*; got .*jsb-chorales-quarter.json"):
             load("jsb-chorales")
 
 

@@ -55,7 +55,7 @@ def _check_input(x: Tensor, dim: int, module: nn.Module, name: str = "the networ
 
 
 def _check_dtype(x: Tensor, module: nn.Module, name: str = "the network's input") -> None:
-    dtype = next(module.parameters()).dtype
+    dtype = next((weight.dtype for weight in module.parameters()), x.dtype)
     if x.dtype != dtype:
         raise ValueError(f"Expected {name} to have its weights' dtype, {dtype}; got {x.dtype}")
 
