@@ -29,7 +29,7 @@ from pyrovae.supervision import Labels
 from pyrovae.traces import check_arguments
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
-OPTIONAL = ("devices", "labeled_batch_size", "patience", "grad_clip")
+OPTIONAL = ("labeled_batch_size", "patience", "grad_clip")
 
 
 def fit(
@@ -155,7 +155,6 @@ def fit(
     elbo = bound(free_bits) if elbo is None else elbo
     optimizer = partial(torch.optim.Adam, fused=True) if optimizer is None else optimizer
     _check_positive(epochs=epochs, batch_size=batch_size, labeled_batch_size=labeled_batch_size)
-    _check_positive(devices=devices, num_nodes=num_nodes)
     _check_positive(lr=rate(1), patience=patience, grad_clip=grad_clip)
     check_one_of(DEVICES, device=device)
     check_one_of(PRECISIONS, precision=precision)

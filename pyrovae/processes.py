@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from pyrovae.arguments import check_whole
 from pyrovae.batches import Batch, num_rows
 from pyrovae.noise import draw_seed, forked
 
@@ -43,9 +44,10 @@ class Processes:
             num_nodes: machines.
 
         Raises:
-            ValueError: for another number of processes than a launcher has started; for a Python prompt or notebook,
+            ValueError: for numbers below 1, or other than a launcher has started; for a Python prompt or notebook,
                 which cannot start others; for a device that is not here.
         """
+        check_whole(num_nodes=num_nodes, **({} if devices is None else {"devices": devices}))
         if device == "cuda" and not torch.cuda.is_available():
             raise ValueError("Expected device to be one that is here; got 'cuda', and torch finds none")
         if devices is None and num_nodes == 1:

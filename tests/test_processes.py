@@ -53,7 +53,7 @@ def by_torchrun(file):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
-    return together.findings(folder)[0], folder
+    return together.findings(folder), folder
 
 
 @pytest.mark.parametrize("launch", [by_script, by_torchrun])
@@ -148,14 +148,16 @@ def test_a_process_alone_is_a_group_of_one():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"devices": 0}, "Expected devices to be a positive whole number; got 0"),
-        ({"devices": 2.0}, "Expected devices to be a positive whole number; got 2.0"),
-        ({"num_nodes": -1}, "Expected num_nodes to be a positive whole number; got -1"),
+        ({"devices": 0}, "Expected devices to be a whole number of at least 1; got 0"),
+        ({"devices": 2.0}, "Expected devices to be a whole number of at least 1; got 2.0"),
+        ({"num_nodes": -1}, "Expected num_nodes to be a whole number of at least 1; got -1"),
     ],
 )
 def test_bad_numbers_of_processes(options, message):
     with pytest.raises(ValueError, match=message):
         pv.fit(pv.VAE.mlp(4, 2), torch.zeros(3, 4), progress=False, **options)
+    with pytest.raises(ValueError, match=message):
+        Processes.start("cpu", **options)
 
 
 def test_a_prompt_cannot_start_others():

@@ -183,7 +183,7 @@ def findings(folder, devices=None):
         "evaluate": message(lambda: pv.evaluate(vae, x - (rank if size > 1 else 1), 3, progress=False)),
         "devices": message(lambda: pv.fit(vae, x, epochs=1, devices=3, **SMALL)) if size > 1 else "",
     }
-    return found, rank
+    return found
 
 
 class OwnOrder:
@@ -232,12 +232,15 @@ def die(folder, rank):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     run.SECONDS_BETWEEN_WRITES = 0.0
-    path = Path(sys.argv[1])
+    path, options = Path(sys.argv[1]), sys.argv[2:]
     if path.suffix != ".pt":
-        die(path, rank=int(sys.argv[2]))
-    if "compiled" in sys.argv:
-        trained = partial(trained, compile=True)
-    results, rank = findings(path.parent, int(sys.argv[2]) if len(sys.argv) > 2 else None)
+        die(path, rank=int(options[0]))
+    devices = int(options[0]) if options else None
+    if "compiled" in options:
+        results = {"vae": trained(data(101), val=data(37), devices=devices, compile=True)}
+    else:
+        results = findings(path.parent, devices)
+    rank = Processes.start("cpu").rank
     if rank == 0:
         torch.save(results, path)
     print(f"process {rank} of {os.environ['WORLD_SIZE']} is done")
