@@ -178,6 +178,7 @@ def evaluate(
             and guide that do not fit, or classes that are not one integer for each datum, or given with a program
             without a label or data that show it.
         FloatingPointError: where a weight is NaN or infinite, naming the datum and the site.
+        ConnectionError: where another process has failed or was killed.
 
     Source:
         Kingma and Welling (2019), section 2.6; Burda et al. (2016); for k-hat, Vehtari et al. (2024).

@@ -135,12 +135,13 @@ def fit(
     Raises:
         ValueError: for bad data or settings, labels that are none of the classes, a program without a label, data
             outside the support of the likelihood, latents of model and guide that do not fit, a program without
-            parameters, a checkpoint of another run.
+            parameters, a checkpoint of another run, processes that do not read the same data.
         CompileError: where `compile` is True and the program cannot be compiled, or there is no C++ compiler.
         FileExistsError, FileNotFoundError: where `run_dir` is there and should not be, or the other way round.
         BlockingIOError: where another run is going on in `run_dir`.
         OSError: where `run_dir` cannot be written; the files that it has stay, and the program has the best weights.
         FloatingPointError: where the loss is not finite, naming the site; the last good checkpoint stays.
+        ConnectionError: where another process has failed or was killed; the last good checkpoint stays.
 
     Example:
         >>> from pyrovae import LinearGaussian, fit
