@@ -104,8 +104,7 @@ class Data:
         show: Callable[[Batch], Batch] | None = None,
         check: bool = True,
     ):
-        self.tensors = as_batch(tensors, "data")
-        self.tensors = _detached(self.tensors)
+        self.tensors = _detached(as_batch(tensors, "data"))
         self.dynamic, self.show = dynamic, show
         if show is not None and not callable(show):
             raise ValueError(f"Expected show to be a function of a minibatch; got {type(show).__name__}")

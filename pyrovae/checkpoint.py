@@ -9,7 +9,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from importlib import metadata
+from importlib.metadata import version as installed_version
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ PARAM = "pyro_params."
 FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
-version = cache(metadata.version)  # read once: what is installed may be out of reach, or another, when a run is saved
+version = cache(installed_version)  # read once: what is installed may be out of reach, or another, when a run is saved
 
 
 def save(program: LatentModel, path: str | Path) -> None:
@@ -105,9 +105,9 @@ def load(path: str | Path, program: LatentModel | None = None) -> LatentModel:
         path = path / WEIGHTS
     if not path.exists():
         raise FileNotFoundError(f"Expected a file of weights; got {path}, which does not exist")
-    tensors, metadata = _read_safetensors(path)
+    tensors, about = _read_safetensors(path)
     if program is None:
-        program = _build_program(path, metadata, tensors)
+        program = _build_program(path, about, tensors)
         dtypes = {value.dtype for value in tensors.values() if value.is_floating_point()}
         if len(dtypes) == 1 and dtypes <= FLOATS:
             program.to(dtypes.pop())

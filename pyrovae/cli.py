@@ -156,7 +156,6 @@ def _new_folder(command: Train) -> Path:
 def _begin(command: Train, splits: data_sets.Splits, folder: Path, held: ExitStack) -> None:
     """Hold the folder, and write down what is asked of the run."""
     held.enter_context(checkpoint.locked(folder, command.resume))
-    checkpoint.open_run(folder, command.resume)
     if not command.resume:
         _record(command, splits, folder)
 

@@ -195,10 +195,8 @@ def evaluate(
     processes = Processes.start(device_of(program) or torch.device("cpu"), devices)
     seed = processes.seed() if seed is None else seed
     with program.inference(seed), pyro.validation_enabled(False), networks_in(precision):
-        if processes.size > 1:
-            processes.check_same(
-                program=program.state_dict(), seed=seed, data=data.tensors if isinstance(data, Data) else None
-            )
+        held = data.tensors if isinstance(data, Data) else None
+        processes.check_same(program=program.state_dict(), seed=seed, data=held)
         plan = processes.together(
             lambda: Plan.of(program, data, num_particles, batch_size, chunk_size, compile, processes)
         )

@@ -19,9 +19,9 @@ def forked(seed: int | None = None) -> Iterator[None]:
         yield
 
 
-def draw_seed() -> int:
-    """A seed from torch's generator."""
-    return int(torch.randint(2**62, ()))
+def draw_seed(generator: torch.Generator | None = None) -> int:
+    """A seed from a generator; None: from torch's."""
+    return int(torch.randint(2**62, (), generator=generator))
 
 
 def numbered(items: Iterable[Item], seed: int) -> Iterator[tuple[int, Item]]:

@@ -151,6 +151,8 @@ class Processes:
 
     def check_same(self, **what: Any) -> None:
         """Raises ValueError where what all processes must have in common differs, as data that are drawn unseeded."""
+        if self.size == 1:
+            return
         marks = self.gather(lambda: {name: fingerprint(value) for name, value in what.items()})
         for other, name in product(range(self.size), what):
             if marks[other][name] != marks[0][name]:
@@ -219,7 +221,7 @@ def fingerprint(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: fingerprint(each) for key, each in value.items()}
     if isinstance(value, Tensor):
-        return tuple(value.shape), str(value.dtype), value.double().sum().item()
+        return tuple(value.shape), str(value.dtype), value.sum(dtype=torch.float64).item()
     return value
 
 

@@ -21,7 +21,7 @@ from pyrovae.check import warn_of_findings
 from pyrovae.conditionals.conditional import networks_in
 from pyrovae.draws import Draws
 from pyrovae.measure import SEED, Part, check_any
-from pyrovae.noise import forked
+from pyrovae.noise import draw_seed, forked
 from pyrovae.objectives import CompiledLoss, accumulate
 from pyrovae.processes import Processes, in_step, shares
 from pyrovae.program import LatentModel, check_keys
@@ -198,7 +198,8 @@ class Run:
             row |= {f"{prefix}{name}": value for name, value in part.figures().items()}
         if self.supervision is not None:
             row["cross_entropy"] = self.supervision.cross_entropy(SEED)
-        self.history.append(self.processes.first(lambda: row))
+        row = self.processes.first(lambda: row)
+        self.history.append(row)
         if self.val is not None and not (self.best and score(self.history[self.best_epoch - 1]) >= score(row)):
             self.best_epoch = len(self.history)
             self.best = {name: value.clone() for name, value in self.program.state_dict().items()}
@@ -339,5 +340,4 @@ class Run:
                 checkpoint.restore_random_state(saved["random"][self.processes.rank])
                 return
         # more processes than before
-        ahead = self.generator.clone_state()
-        torch.manual_seed(int(torch.randint(2**62, (), generator=ahead)) + self.processes.rank)
+        torch.manual_seed(draw_seed(self.generator.clone_state()) + self.processes.rank)
